@@ -29,7 +29,11 @@ def _at(t: Tensor, x: Tensor) -> Tensor:
 
 
 def euler(
-    denoise: Denoiser, x: Tensor, grid: Tensor, objective: Objective, progress: Progress | None = None
+    denoise: Denoiser,
+    x: Tensor,
+    grid: Tensor,
+    objective: Objective,
+    progress: Progress | None = None,
 ) -> Tensor:
     """First-order steps of dx/dt = velocity."""
     for step, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):
@@ -41,7 +45,11 @@ def euler(
 
 
 def heun(
-    denoise: Denoiser, x: Tensor, grid: Tensor, objective: Objective, progress: Progress | None = None
+    denoise: Denoiser,
+    x: Tensor,
+    grid: Tensor,
+    objective: Objective,
+    progress: Progress | None = None,
 ) -> Tensor:
     """Second-order steps (Karras et al. 2022, algorithm 1), two evaluations each, one in the last."""
     for step, (t, t_next) in enumerate(zip(grid[:-1], grid[1:])):

@@ -36,7 +36,7 @@ class TextConfig(BaseModel):
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(context_length: int):  # noqa: ANN202 (open_clip is imported when first needed)
+def _tokenizer(context_length: int):
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer(context_length=context_length)

@@ -7,13 +7,13 @@ An image is the clip with f = 1; there is no second code path.
 """
 
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
-from timm.layers import Mlp
+from timm.layers.activations import GELUTanh
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 # Fused attention wins once the score matrix no longer fits a CPU's cache; below that its backward
@@ -156,8 +156,7 @@ class Block(nn.Module):
         self.norm_2 = nn.LayerNorm(dim, eps)
         self.cross_attention = Attention(dim, config.num_heads, eps)
         self.norm_3 = nn.LayerNorm(dim, eps, elementwise_affine=False)
-        gelu = partial(nn.GELU, approximate="tanh")
-        self.mlp = Mlp(dim, config.mlp_dim, act_layer=gelu)
+        self.mlp = Mlp(dim, config.mlp_dim, act_layer=GELUTanh)
 
     def forward(
         self,
@@ -207,7 +206,7 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
         for module in (self.time_projection[1], self.head):
-            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.weight)  # type: ignore[arg-type]
 
     def forward_tokens(
         self, tokens: Tensor, positions: Tensor, t: Tensor, context: Tensor, context_mask: Tensor
@@ -258,9 +257,7 @@ class DiT(nn.Module):
         sizes = {"pf": pf, "ph": ph, "pw": pw}
         grid = (torch.arange(size, device=x_t.device) for size in (f // pf, h // ph, w // pw))
         positions = torch.cartesian_prod(*grid)
-        tokens = rearrange(
-            x_t, "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", **sizes
-        )
+        tokens = rearrange(x_t, "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", **sizes)
         tokens = self.forward_tokens(tokens, positions, t, context, context_mask)
         grid_shape = {"f": f // pf, "h": h // ph, "w": w // pw}
         return rearrange(

@@ -209,7 +209,9 @@ class VideoVAE(nn.Module):
         """Posterior over normalised latents of video (b 3 f h w) in [-1, 1]."""
         mean, log_variance = self.moments(video)
         center, scale = (s.view(-1, 1, 1, 1) for s in (self.latent_mean, self.latent_std))
-        return Posterior((mean.float() - center) / scale, (0.5 * log_variance.float()).exp() / scale)
+        return Posterior(
+            (mean.float() - center) / scale, (0.5 * log_variance.float()).exp() / scale
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         """Video (b 3 f h w), about [-1, 1] and not clamped, from normalised latents (b c f' h' w')."""

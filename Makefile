@@ -1,0 +1,43 @@
+# make demo and make test each work alone in a fresh clone; everything lives in .venv and runs/.
+PYTHON ?= python3
+DEMO ?= world
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test test-slow lint format bench clean
+
+setup: $(STAMP)
+
+# uv takes torch and torchvision from one index, so that they match; CUDA builds on Linux, where a
+# machine without a GPU runs them on the CPU.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and f"zoetrope needs Python 3.11 or newer, this is {v[0]}.{v[1]}; try make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@command -v uv >/dev/null || test -x $(BIN)/uv || $(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^uv==' constraints.txt)"
+	@echo "installing into $(VENV) ..."
+	@PATH="$(CURDIR)/$(BIN):$$PATH" uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	@$(BIN)/python -m train.demo $(DEMO)
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+# ruff (lint and format) and pyright, as .pre-commit-config.yaml lists them
+lint: setup
+	$(BIN)/pre-commit run --all-files
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m benchmarks.dit_step
+
+clean:
+	rm -rf $(VENV) build *.egg-info

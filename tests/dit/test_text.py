@@ -1,0 +1,76 @@
+"""The text encoder: open_clip's own tokens, masks, trainable or frozen."""
+
+import open_clip
+import pytest
+import torch
+from pydantic import ValidationError
+
+from dit.text import TextConfig, TextEncoder
+
+SMALL = dict(context_length=16, width=32, num_layers=1, num_heads=2)
+CAPTIONS = ["a red circle moving left", "", "a large blue square"]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_states_and_mask(causal):
+    encoder = TextEncoder(TextConfig(**SMALL, causal=causal))
+    context, mask = encoder(encoder.tokenize(CAPTIONS))
+    assert context.shape == (3, 16, 32) and encoder.width == 32
+    assert mask.sum(dim=1).tolist() == [7, 2, 6]  # words, start and end
+    assert torch.isfinite(context).all()
+
+
+def test_padding_changes_nothing():
+    encoder = TextEncoder(TextConfig(**SMALL, causal=False)).eval()
+    ids = encoder.tokenize(CAPTIONS[:1])
+    whole, mask = encoder(ids)
+    short, _ = encoder(ids[:, :7])
+    torch.testing.assert_close(whole[:, :7], short, atol=1e-5, rtol=1e-4)
+    assert not mask[:, 7:].any()
+
+
+def test_word_order_matters():
+    encoder = TextEncoder(TextConfig(**SMALL, causal=False))
+    ids = encoder.tokenize(["a red circle on a blue square", "a blue circle on a red square"])
+    (a, b), _ = encoder(ids)
+    assert (a[3] - b[3]).abs().max() > 1e-3  # "circle" stands at the same place in both
+
+
+def test_a_caption_that_is_too_long_is_cut_and_still_ends():
+    encoder = TextEncoder(TextConfig(**SMALL))
+    ids = encoder.tokenize(["red " * 50])
+    assert ids.shape == (1, 16) and ids[0, -1] == 49_407
+    _, mask = encoder(ids)
+    assert mask.all()
+
+
+def test_a_zero_id_inside_a_caption_is_not_padding():
+    encoder = TextEncoder(TextConfig(**SMALL, causal=False))
+    ids = encoder.tokenize(["red circle"])
+    ids[0, 1] = 0  # "!" is token 0 in CLIP's vocabulary
+    _, mask = encoder(ids)
+    assert mask.sum() == 4
+
+
+def test_states_equal_open_clips_own_tower():
+    clip = open_clip.create_model("ViT-B-32", pretrained=None)
+    config = TextConfig(num_layers=12)
+    encoder = TextEncoder(config)
+    own = {k.removeprefix("transformer."): v for k, v in encoder.transformer.state_dict().items()}
+    theirs = {k: v for k, v in clip.state_dict().items() if not k.startswith("visual.")}
+    names = encoder.transformer.state_dict().keys()
+    assert own and set(names) <= set(theirs)
+    encoder.transformer.load_state_dict({k: theirs[k] for k in names})
+    ids = encoder.tokenize(CAPTIONS)
+    assert torch.equal(ids, open_clip.get_tokenizer("ViT-B-32")(CAPTIONS))
+    states, _ = encoder.eval()(ids)
+    pooled = states[torch.arange(3), ids.argmax(-1)] @ clip.text_projection
+    torch.testing.assert_close(pooled, clip.eval().encode_text(ids), atol=1e-5, rtol=1e-4)
+
+
+def test_frozen_unless_trainable():
+    assert not any(p.requires_grad for p in TextEncoder(TextConfig(**SMALL)).parameters())
+    trained = TextEncoder(TextConfig(**SMALL, trainable=True))
+    assert all(p.requires_grad for p in trained.parameters())
+    with pytest.raises(ValidationError, match="width=30 does not divide into num_heads=4"):
+        TextConfig(width=30, num_heads=4)

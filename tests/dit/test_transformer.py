@@ -1,0 +1,132 @@
+"""The DiT: shapes, noise levels per frame, masks, and attention on its two paths."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import dit.transformer as transformer
+from dit.transformer import DiT, DiTConfig, attention, modulate, rotary_table, rotate
+
+
+def inputs(b: int = 2, f: int = 3, h: int = 4, w: int = 6, m: int = 5):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(b, 4, f, h, w, generator=g)
+    context = torch.randn(b, m, 12, generator=g)
+    mask = torch.ones(b, m, dtype=torch.bool)
+    return x, torch.rand(b, generator=g), context, mask
+
+
+@pytest.mark.parametrize(("f", "h", "w"), [(1, 2, 2), (1, 8, 4), (3, 4, 6), (5, 2, 8)])
+def test_output_is_like_the_input(dit, f, h, w):
+    x, t, context, mask = inputs(f=f, h=h, w=w)
+    assert dit(x, t, context, mask).shape == x.shape
+
+
+def test_a_fresh_dit_predicts_zero():
+    config = DiTConfig(in_channels=4, context_dim=12, dim=48, num_blocks=1, num_heads=4, mlp_dim=96)
+    x, t, context, mask = inputs()
+    assert DiT(config)(x, t, context, mask).abs().max() == 0
+
+
+def test_one_t_per_clip_equals_the_same_t_in_every_frame(dit):
+    x, t, context, mask = inputs()
+    per_frame = dit(x, t[:, None].expand(-1, 3), context, mask)
+    torch.testing.assert_close(dit(x, t, context, mask), per_frame, atol=1e-6, rtol=1e-5)
+
+
+def test_a_frame_of_its_own_t_changes_the_prediction(dit):
+    x, t, context, mask = inputs()
+    t_frames = t[:, None].repeat(1, 3)
+    same = dit(x, t_frames, context, mask)
+    t_frames[:, 0] = 0
+    assert (dit(x, t_frames, context, mask) - same).abs().max() > 1e-2
+
+
+def test_masked_text_is_not_seen(dit):
+    x, t, context, mask = inputs()
+    mask[:, 3:] = False
+    before = dit(x, t, context, mask)
+    context[:, 3:] = 1e3
+    torch.testing.assert_close(dit(x, t, context, mask), before)
+    torch.testing.assert_close(dit(x, t, context[:, :3], mask[:, :3]), before, atol=1e-5, rtol=1e-4)
+
+
+def test_text_matters_and_samples_do_not_mix(dit):
+    x, t, context, mask = inputs()
+    before = dit(x, t, context, mask)
+    context[1] += 1
+    after = dit(x, t, context, mask)
+    torch.testing.assert_close(after[0], before[0], atol=1e-6, rtol=1e-5)
+    assert (after[1] - before[1]).abs().max() > 1e-3
+
+
+def test_patches_put_every_value_back_in_its_place(dit):
+    """With nothing but linear in and out layers, one changed latent changes its own patch only."""
+    for block in dit.blocks:
+        block.forward = lambda x, *_: x
+    x, t, context, mask = inputs()
+    before = dit(x, t, context, mask)
+    x[0, 2, 1, 3, 5] += 1
+    changed = (dit(x, t, context, mask) - before).abs().amax(dim=(0, 1)) > 0
+    expected = torch.zeros(3, 4, 6, dtype=torch.bool)
+    expected[1, 2:4, 4:6] = True
+    assert torch.equal(changed, expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_plain_attention_equals_the_fused_kernel(monkeypatch, masked):
+    q, k, v = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64).unbind(0)
+    mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    if masked:
+        mask[1, ..., 4:] = False
+    plain = attention(q, k, v, mask)
+    monkeypatch.setattr(transformer, "CPU_PLAIN_ATTENTION_TOKENS", 0)
+    torch.testing.assert_close(attention(q, k, v, mask), plain, atol=1e-12, rtol=1e-12)
+
+
+def test_rotary_scores_depend_on_distances_only():
+    q, k = torch.randn(2, 1, 1, 1, 24, dtype=torch.float64).unbind(0)
+
+    def score(a, b):
+        tables = [rotary_table(torch.tensor([p]), 24, 1e4) for p in (a, b)]
+        return (rotate(q, tables[0]) * rotate(k, tables[1])).sum()
+
+    moved = score([5.0, 7.0, 2.0], [6.0, 4.0, 2.5])
+    torch.testing.assert_close(score([0.0, 3.0, 0.0], [1.0, 0.0, 0.5]), moved, atol=1e-5, rtol=1e-5)
+    assert abs(score([0.0, 0.0, 0.0], [1.0, 0.0, 0.5]) - moved) > 1e-4
+
+
+def test_modulation_is_shared_by_token_groups():
+    x = torch.ones(1, 4, 2)
+    shift, scale = torch.tensor([[[1.0, 1], [5, 5]]]), torch.tensor([[[0.0, 0], [1, 1]]])
+    assert modulate(x, shift, scale)[0, :, 0].tolist() == [2, 2, 7, 7]
+
+
+def test_gradients_reach_every_parameter(dit):
+    x, t, context, mask = inputs()
+    dit(x, t, context, mask).square().mean().backward()
+    assert [n for n, p in dit.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 5}, "dim=48 does not divide into num_heads=5"),
+        ({"num_heads": 16}, "even number of at least 6"),
+        ({"dim": -1}, "greater than 0"),
+        ({"depth": 3}, "Extra inputs"),
+    ],
+)
+def test_config_mistakes(changes, message):
+    config = dict(in_channels=4, context_dim=12, dim=48, num_blocks=2, num_heads=4, mlp_dim=96)
+    with pytest.raises(ValidationError, match=message):
+        DiTConfig(**(config | changes))
+
+
+def test_sizes_that_do_not_fit(dit):
+    x, t, context, mask = inputs(h=5)
+    with pytest.raises(ValueError, match="3x5x6 do not divide into patches of 1x2x2"):
+        dit(x, t, context, mask)
+    x, t, context, mask = inputs()
+    with pytest.raises(ValueError, match=r"t has shape \(2, 2\); expected \(2,\) or \(2, 3\)"):
+        dit(x, t[:, None].expand(-1, 2), context, mask)
