@@ -92,14 +92,15 @@ class Objective(BaseModel, ABC):
         """Both ends of the line that a prediction implies; solves the 2x2 system above.
 
         Where the prediction says nothing about one end (noise at t = 1 about the data, x_0 at t = 0
-        about the noise) the weights are kept 1e-4 away from the singular point.
+        about the noise) the weights are kept 1e-6 away from the singular point. Near it, noise prediction
+        multiplies its own errors; with the cosine schedule prefer v.
         """
         t = broadcast_t(t, x_t).float()
         alpha, sigma = self.alpha_sigma(t)
         if self.prediction == "noise":
-            alpha = alpha.clamp(min=1e-4)
+            alpha = alpha.clamp(min=1e-6)
         if self.prediction == "x_0":
-            sigma = sigma.clamp(min=1e-4)
+            sigma = sigma.clamp(min=1e-6)
         p, q = self._weights(alpha, sigma)
         determinant = alpha * q - sigma * p
         x_0 = (q * x_t - sigma * pred) / determinant

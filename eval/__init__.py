@@ -1,0 +1,1 @@
+"""A saved model, or a folder of videos, to numbers with error bars and a report."""

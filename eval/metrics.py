@@ -1,0 +1,145 @@
+"""Picture quality (PSNR, SSIM) and figures with error bars.
+
+Everything takes numpy arrays. An `Estimate` is a figure, the number of clips behind it and its 95%
+bootstrap interval; the resampling is seeded, so the same outcomes give the same interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.ndimage import convolve1d
+
+NUM_RESAMPLES = 10_000
+_ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95% interval; all three are NaN when `num` is 0."""
+
+    value: float
+    low: float
+    high: float
+    num: int
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """The four fields, with None for NaN (JSON has none)."""
+        numbers = {"value": self.value, "low": self.low, "high": self.high}
+        clean = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+        return {**clean, "num": self.num}
+
+    def __str__(self) -> str:
+        if self.num == 0:
+            return "n/a"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] N={self.num}"
+
+
+_NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
+
+
+def _quantiles(samples: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(samples, [_ALPHA / 2, 1 - _ALPHA / 2])
+    return float(low), float(high)
+
+
+def mean_estimate(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> Estimate:
+    """Mean of one number per clip and its percentile bootstrap interval (Efron 1979).
+
+    Args:
+        values: one finite number per clip, in any unit; None of them may be NaN.
+        seed: of the resampling.
+    Raises:
+        ValueError: a value is not finite.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.size == 0:
+        return _NOTHING
+    if not np.isfinite(array).all():
+        raise ValueError(f"got {(~np.isfinite(array)).sum()} values that are not finite; drop them")
+    rng = np.random.default_rng(seed)
+    # In slices: all indices at once would be 80 MB for a thousand clips.
+    means = [
+        array[rng.integers(array.size, size=(NUM_RESAMPLES // 10, array.size))].mean(axis=1)
+        for _ in range(10)
+    ]
+    return Estimate(float(array.mean()), *_quantiles(np.concatenate(means)), array.size)
+
+
+def proportion(outcomes: Sequence[bool] | np.ndarray, *, seed: int = 0) -> Estimate:
+    """Share of clips that are right and its percentile bootstrap interval.
+
+    A resample of n yes/no outcomes is a binomial draw, so the bootstrap needs no index matrix. When
+    all outcomes agree every resample is the same and the bootstrap interval has no width, which
+    would claim certainty; the exact (Clopper-Pearson) bound takes its place there.
+
+    Args:
+        outcomes: one yes or no per clip.
+        seed: of the resampling.
+    """
+    array = np.asarray(outcomes, dtype=bool)
+    num = array.size
+    if num == 0:
+        return _NOTHING
+    right = int(array.sum())
+    if right in (0, num):
+        bound = (_ALPHA / 2) ** (1 / num)
+        return Estimate(1.0, bound, 1.0, num) if right else Estimate(0.0, 0.0, 1 - bound, num)
+    draws = np.random.default_rng(seed).binomial(num, right / num, NUM_RESAMPLES) / num
+    return Estimate(right / num, *_quantiles(draws), num)
+
+
+def _same_shape(a: np.ndarray, b: np.ndarray) -> None:
+    if a.shape != b.shape or a.ndim < 3:
+        raise ValueError(
+            f"got pictures of shapes {a.shape} and {b.shape}, expected two alike (... h w c)"
+        )
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB over a whole clip; infinite for equal clips.
+
+    Args:
+        a, b: uint8, (... h w c), alike.
+    Raises:
+        ValueError: shapes differ.
+    """
+    _same_shape(a, b)
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return math.inf if error == 0 else 10 * math.log10(255.0**2 / error)
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """Structural similarity, mean over pixels, channels and frames (Wang et al. 2004).
+
+    The paper's settings: an 11-tap Gaussian window with sigma 1.5, K1 = 0.01, K2 = 0.03, windows
+    that lie wholly inside the picture.
+
+    Args:
+        a, b: uint8, (... h w c), alike, h and w at least 11.
+    Raises:
+        ValueError: shapes differ, or the picture is smaller than the window.
+    """
+    _same_shape(a, b)
+    h, w, c = a.shape[-3:]
+    if min(h, w) < 11:
+        raise ValueError(f"got pictures of {h}x{w}, expected at least 11x11, SSIM's window")
+    x = a.astype(np.float64).reshape(-1, h, w, c)
+    y = b.astype(np.float64).reshape(-1, h, w, c)
+    taps = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+    taps /= taps.sum()
+
+    def blur(z: np.ndarray) -> np.ndarray:
+        return convolve1d(convolve1d(z, taps, axis=1), taps, axis=2)[:, 5:-5, 5:-5]
+
+    mean_x, mean_y = blur(x), blur(y)
+    var_x = blur(x * x) - mean_x**2
+    var_y = blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    score = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    score /= (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+    return float(score.mean())

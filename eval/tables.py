@@ -1,0 +1,83 @@
+"""Results as tables, for the terminal and for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of text cells; `header` and every row have the same length."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    facts: str = ""
+
+
+_FIGURES = {
+    "colour": "colour",
+    "shape": "shape",
+    "motion": "motion",
+    "background": "background",
+    "joint": "all four together",
+    "permanence": "permanence",
+    "joint_permanence": "all four and permanence",
+    "size": "size, where the prompt says it",
+    "velocity_error": "velocity error, px/frame",
+    "gravity_error": "gravity error, px/frame²",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+}
+_COLUMNS = {
+    "generated": "generated",
+    "vae": "VAE reconstructions",
+    "real": "real clips (the tracker's ceiling)",
+    "clips": "clips",
+}
+
+
+def _cell(figure: Mapping[str, Any] | None) -> str:
+    if figure is None or figure["num"] == 0:
+        return ""
+    digits = 1 if figure["value"] > 10 else 3
+    value, low, high = (f"{figure[name]:.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}] N={figure['num']}"
+
+
+def score_table(results: Mapping[str, Any]) -> Table:
+    """A table of what `run_world_suite`, `score_manifest` or `run_vae_suite` returned."""
+    scores = results["scores"]
+    columns = [name for name in _COLUMNS if name in scores]
+    guesses = results.get("chance") or {}
+    rows = []
+    for figure, label in _FIGURES.items():
+        cells = [_cell(scores[column].get(figure)) for column in columns]
+        if any(cells):
+            guess = [f"{guesses[figure]:.3f}" if figure in guesses else ""] if guesses else []
+            rows.append([label, *guess, *cells])
+    drop = results.get("vae_joint_drop")
+    if drop is not None:
+        blanks = [""] * (len(columns) + bool(guesses))
+        blanks[columns.index("vae") + bool(guesses)] = _cell(drop)
+        rows.append(["all four: real clips minus VAE", *blanks])
+    head = ["", *(["chance"] if guesses else []), *(_COLUMNS[name] for name in columns)]
+    facts = [f"{results['num']} clips"]
+    facts += [f"{name} {results[name]}" for name in ("level", "split", "seed") if name in results]
+    if "height" in results:
+        facts.append(f"{results['num_frames']} frames of {results['height']}x{results['width']}")
+    facts += [f"{name} {value}" for name, value in results.get("sampling", {}).items()]
+    return Table(
+        f"{results['suite']} suite", head, rows, ", ".join(facts) + "; 95% bootstrap intervals"
+    )
+
+
+def as_text(table: Table) -> str:
+    """The table in aligned columns."""
+    lines = [list(table.header), *map(list, table.rows)]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(table.header))]
+    body = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([f"{table.title}: {table.facts}", body[0], rule, *body[1:]])

@@ -1,0 +1,239 @@
+"""Recovers the objects of a clip of the procedural world from its pixels, and from nothing else.
+
+The background is the colour that most pixels have. What clearly differs from it is cut into
+connected blobs, frame by frame; a blob's colour is that of its core, and its opacity per pixel is
+how far the pixel has gone from the background's colour to the core's, which places its centroid to
+a fraction of a pixel. Blobs are linked over frames into tracks, and a track gets a colour, a shape,
+a size and a motion. Where no name of the world's vocabulary fits, or frames disagree, the answer is
+None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
+
+from data.world import BACKGROUNDS, COLOURS, SIZES
+from eval.motion import classify
+from eval.shapes import fit_shape, size_name
+
+# Distances in RGB, of 255 per channel. Objects and backgrounds of the world are at least 130 apart,
+# so faint smudges are no objects. Further than _NAMED from every name, a colour has none.
+_VISIBLE = 55.0
+_NAMED = 80.0
+# Shares of the smallest object's area: a blob below the first is a speck, and a blob that comes
+# apart at a higher threshold is two objects only if the bright parts are above the second.
+_MIN_AREA, _MIN_PART = 0.3, 0.6
+# The share of frames that must agree on a colour, or show the object, before it is named.
+_AGREE = 0.75
+# Luma is coded at full resolution and chroma at half, so luma counts more in telling opacity.
+_LUMA = np.array([0.2126, 0.7152, 0.0722])
+_LUMA_WEIGHT = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class Blob:
+    """One object in one frame. centre: (2,) pixels, x then y. alpha: opacity per pixel, (h w)."""
+
+    centre: np.ndarray
+    area: float
+    colour: np.ndarray
+    alpha: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Track:
+    """One object over a clip; names are None where the pixels say nothing clear.
+
+    radius: of the circle of equal area, pixels. position: (f, 2) pixels, x then y, NaN in frames
+    where the object was not found.
+    """
+
+    colour: str | None
+    shape: str | None
+    size: str
+    motion: str | None
+    radius: float
+    position: np.ndarray
+
+    @property
+    def found(self) -> np.ndarray:
+        """The frames that show the object, (f,) bool."""
+        return np.isfinite(self.position[:, 0])
+
+    @property
+    def path(self) -> np.ndarray | None:
+        """The centroid at every frame, (f, 2), gaps bridged straight; None if mostly not found.
+
+        Gaps cost permanence; they need not cost motion as well.
+        """
+        at = np.flatnonzero(self.found)
+        if len(at) < _AGREE * len(self.position):
+            return None
+        k = np.arange(len(self.position))
+        return np.stack([np.interp(k, at, self.position[at, axis]) for axis in (0, 1)], axis=1)
+
+    @property
+    def largest_step(self) -> float:
+        """The longest way between neighbouring frames that both show it, pixels; 0 for none."""
+        steps = np.hypot(*np.diff(self.position, axis=0).T)
+        return float(np.nanmax(steps, initial=0.0))
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """What a clip shows. counts: objects in each frame. tracks: the most present first."""
+
+    background: str | None
+    counts: tuple[int, ...]
+    tracks: tuple[Track, ...]
+
+
+def _name(colour: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str | None:
+    distances = {n: float(np.linalg.norm(colour - np.asarray(c))) for n, c in names.items()}
+    nearest = min(distances, key=distances.__getitem__)
+    return nearest if distances[nearest] <= _NAMED else None
+
+
+def _stretch(colours: np.ndarray) -> np.ndarray:
+    """RGB with luma weighted up, so that a dot product trusts it more."""
+    luma = colours @ _LUMA
+    return colours + (_LUMA_WEIGHT - 1) * luma[..., None]
+
+
+def _components(mask: np.ndarray) -> list[np.ndarray]:
+    labels, num = cast(tuple[np.ndarray, int], ndimage.label(mask))
+    return [labels == k for k in range(1, num + 1)]
+
+
+def _distances(masks: list[np.ndarray]) -> np.ndarray:
+    """How far every pixel is from each mask, (n h w) pixels."""
+    return np.stack([np.asarray(ndimage.distance_transform_edt(~mask)) for mask in masks])
+
+
+def _split(distance: np.ndarray, blob: np.ndarray, min_area: float) -> list[np.ndarray]:
+    """A blob of two objects that nearly touch, cut where a higher threshold parts them."""
+    for threshold in np.arange(_VISIBLE + 20, float(distance[blob].max()), 20):
+        parts = [p for p in _components(blob & (distance > threshold)) if p.sum() >= min_area]
+        if len(parts) > 1:
+            nearest = _distances(parts).argmin(axis=0)
+            return [blob & (nearest == k) for k in range(len(parts))]
+    return [blob]
+
+
+def find_blobs(frame: np.ndarray, background: np.ndarray) -> list[Blob]:
+    """The objects in one frame.
+
+    Args:
+        frame: (h w 3), 0 to 255.
+        background: its colour, (3,).
+    """
+    height = frame.shape[0]
+    unit = math.pi * (min(SIZES.values()) * height) ** 2
+    offset = frame - background
+    distance = np.linalg.norm(offset, axis=-1)
+    masks: list[np.ndarray] = []
+    for mask in _components(distance > _VISIBLE):
+        if mask.sum() >= _MIN_AREA * unit:
+            masks += _split(distance, mask, _MIN_PART * unit)
+    if not masks:
+        return []
+    # Every pixel belongs to the nearest blob, within the reach of a blurred edge.
+    reach = _distances(masks)
+    owner = reach.argmin(axis=0)
+    y, x = np.mgrid[0.5:height, 0.5 : frame.shape[1]]
+    stretched = _stretch(offset)
+    blobs = []
+    for k, mask in enumerate(masks):
+        depth = distance[mask]
+        core = frame[mask][depth >= np.quantile(depth, 0.6)]
+        colour = np.median(core, axis=0)
+        axis = _stretch(colour - background)
+        alpha = stretched @ axis / float(axis @ axis)
+        alpha = np.where((owner == k) & (reach[k] <= 2.0), alpha, 0.0)
+        area = float(alpha.sum())
+        if area >= _MIN_AREA * unit:
+            centre = np.array([(alpha * x).sum(), (alpha * y).sum()]) / area
+            blobs.append(Blob(centre, area, colour, alpha))
+    return blobs
+
+
+def _link(frames: list[list[Blob]]) -> list[list[Blob | None]]:
+    """Blobs into tracks, one entry per frame: each goes to the track last seen nearest to it."""
+    tracks: list[list[Blob | None]] = []
+    for k, blobs in enumerate(frames):
+        last = [next(b for b in reversed(t) if b is not None) for t in tracks]
+        rest = set(range(len(blobs)))
+        if last and blobs:
+            cost = np.array(
+                [
+                    [
+                        np.linalg.norm(a.centre - b.centre)
+                        # A change of colour is as unlikely as a leap through the frame.
+                        + 0.25 * np.linalg.norm(a.colour - b.colour)
+                        for b in blobs
+                    ]
+                    for a in last
+                ]
+            )
+            for i, j in zip(*linear_sum_assignment(cost)):
+                tracks[i].append(blobs[j])
+                rest.discard(int(j))
+        tracks += [[None] * k + [blobs[j]] for j in sorted(rest)]
+        for t in tracks:
+            if len(t) == k:
+                t.append(None)
+    return tracks
+
+
+def _describe(seen: list[Blob | None], height: int, width: int, fps: float) -> Track:
+    blobs = [b for b in seen if b is not None]
+    fit = fit_shape(np.stack([b.alpha for b in blobs]), np.stack([b.centre for b in blobs]))
+    position = np.stack([np.full(2, np.nan) if b is None else b.centre for b in seen])
+    colour, votes = Counter(_name(b.colour, COLOURS) for b in blobs).most_common(1)[0]
+    track = Track(
+        colour=colour if votes >= _AGREE * len(blobs) else None,
+        shape=fit.shape,
+        size=size_name(fit.radius, height),
+        motion=None,
+        radius=fit.radius,
+        position=position,
+    )
+    path = track.path
+    if path is None:
+        # What flashes up in a few frames is not an object that has a colour and a shape.
+        return replace(track, colour=None, shape=None)
+    motion = classify(path, shape=fit.shape, radius=fit.radius, height=height, width=width, fps=fps)
+    return replace(track, motion=motion)
+
+
+def track(video: np.ndarray, fps: float) -> Sighting:
+    """Find the background and all objects of a clip.
+
+    Args:
+        video: uint8, (f h w 3).
+        fps: frames per second; motions under gravity are told apart by it.
+    Raises:
+        ValueError: not a uint8 clip.
+    """
+    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or len(video) == 0:
+        raise ValueError(f"got a clip of {video.dtype} {video.shape}, expected uint8 (f h w 3)")
+    _, height, width, _ = video.shape
+    clip = video.astype(np.float64)
+    backgrounds = np.median(clip, axis=(1, 2))
+    names = {_name(b, BACKGROUNDS) for b in backgrounds}
+    frames = [find_blobs(frame, b) for frame, b in zip(clip, backgrounds)]
+    tracks = [_describe(seen, height, width, fps) for seen in _link(frames)]
+    # Most present, then largest, first.
+    tracks.sort(key=lambda t: (-int(t.found.sum()), -t.radius))
+    return Sighting(
+        background=names.pop() if len(names) == 1 else None,
+        counts=tuple(len(blobs) for blobs in frames),
+        tracks=tuple(tracks),
+    )

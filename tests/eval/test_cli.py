@@ -1,0 +1,92 @@
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from data.world_files import WorldSpec, write_world
+from eval.cli import evaluate
+from sample.model import Model, save_model
+
+app = typer.Typer()
+app.command()(evaluate)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_model):
+    path = tmp_path_factory.mktemp("eval") / "model"
+    save_model(path, tiny_model)
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = tmp_path_factory.mktemp("eval") / "world"
+    spec = WorldSpec(5, 1, "train", level=1, height=32, width=32, num_frames=9, fps=8.0)
+    return write_world(path, spec, workers=0)
+
+
+def test_the_world_suite_prints_a_table_and_writes_json(folder, world, tmp_path):
+    output = tmp_path / "results.json"
+    result = run(
+        *(folder, "--suite", "world", "--num", 4, "--steps", 2, "--batch-size", 2),
+        *("--guidance", 1, "--sampler", "heun", "--avoid", world, "-o", output),
+    )
+    assert result.exit_code == 0, result.output
+    assert "all four together" in result.stdout
+    results = json.loads(output.read_text())
+    assert results["sampling"] == {"steps": 2, "guidance": 1.0, "sampler": "heun"}
+    assert results["scores"]["real"]["joint"]["num"] == 4
+    assert results["avoided_captions"] == len(
+        {c for line in world.read_text().splitlines() for c in json.loads(line)["caption"]}
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_the_vae_suite_takes_rendered_clips_or_a_manifest(folder, world, tmp_path, tiny_model):
+    alone = tmp_path / "vae"
+    save_model(alone, Model(tiny_model.vae, tiny_model.info))  # no DiT is needed
+    for options in ([], ["--clips", world]):
+        output = tmp_path / "vae.json"
+        result = run(alone, "--suite", "vae", "--num", 3, "-o", output, *options)
+        assert result.exit_code == 0, result.output
+        assert "PSNR, dB" in result.stdout
+        assert json.loads(output.read_text())["scores"]["vae"]["psnr"]["num"] == 3
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_a_folder_of_videos_is_scored_without_a_model(world, as_folder):
+    result = run(world.parent if as_folder else world, "--num", 5)
+    assert result.exit_code == 0, result.output
+    row = next(line for line in result.stdout.splitlines() if line.startswith("all four together"))
+    assert "1.000" in row
+    assert "N=5" in row
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (["--num", 0], ValueError, "at least 1"),
+        (["--batch-size", -1], ValueError, "at least 1"),
+        (["--level", 7], ValueError, "level=7"),
+        (["--split", "test"], ValueError, "split=test"),
+        (["--sampler", "ddim"], ValueError, "does not suit"),
+        (["--clips", "x.jsonl"], ValueError, "--suite vae"),
+        (["-o", "no/such/folder/x.json"], FileNotFoundError, "no such folder"),
+    ],
+)
+def test_mistakes_are_one_line(folder, options, error, message):
+    result = run(folder, "--steps", 1, *options)
+    assert isinstance(result.exception, error)
+    assert message in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def test_a_missing_model_is_named(tmp_path):
+    result = run(tmp_path / "gone")
+    assert isinstance(result.exception, FileNotFoundError)
+    assert "gone" in str(result.exception)

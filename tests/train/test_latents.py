@@ -1,0 +1,115 @@
+"""The latent cache: equal to encoding on the fly, resumable, and never silently stale."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from data.dataset import ClipDataset
+from data.manifest import read_manifest
+from sample.model import load_model
+from train import latents
+from train.config import DataConfig
+from train.distributed import Ranks
+from train.latents import CachedLatents, LatentCache
+from train.logs import read_log
+
+RANKS = Ranks(0, 1, torch.device("cpu"), None)
+
+
+@pytest.fixture
+def clips(room, tmp_path):
+    folder = tmp_path / "clips"
+    shutil.copytree(room.folder / "train", folder)
+    return folder
+
+
+@pytest.fixture
+def data(clips):
+    return DataConfig(manifest=clips / "manifest.jsonl", num_frames=5, height=16, width=16, fps=8.0)
+
+
+@pytest.fixture
+def vae(room):
+    return load_model(room.vae).vae
+
+
+def make(data, vae, folder, dtype="float32"):
+    cache = LatentCache(folder, read_manifest(data.manifest), data, dtype)
+    cache.build(vae, RANKS)
+    return cache
+
+
+def test_same_order_captions_and_posteriors_as_the_clips(data, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "SHARD_ROWS", 5)
+    cached = CachedLatents(make(data, vae, tmp_path / "cache"), seed=3, max_bad_share=0.0)
+    assert len(list((tmp_path / "cache").glob("shard-*.safetensors"))) == 3
+    manifest = read_manifest(data.manifest)
+    live = ClipDataset(manifest, num_frames=5, height=16, width=16, fps=8.0, seed=3)
+    wordings = set()
+    for g in (0, 5, 11, 12, 40):  # in the first epoch and in later ones
+        item, sample = cached[g], live[g]
+        assert item["caption"] == sample["caption"]
+        wordings.add(manifest.rows[sample["row"]].captions.index(sample["caption"]))
+        posterior = vae.encode(sample["video"][None].float() / 127.5 - 1)
+        torch.testing.assert_close(item["mean"], posterior.mean[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(item["std"], posterior.std[0], atol=1e-5, rtol=1e-5)
+    assert len(wordings) > 1
+
+
+def test_cached_training_equals_uncached(room, tmp_path):
+    plain = room.train(tmp_path / "plain", "dit")
+    recipe = {"latent_cache": str(tmp_path / "cache"), "cache_dtype": "float32"}
+    cached = room.train(tmp_path / "cached", "dit", recipe=recipe, data={"num_workers": 1})
+    plain, cached = ([r["loss"] for r in read_log(x / "log.jsonl")] for x in (plain, cached))
+    assert cached == pytest.approx(plain, abs=1e-5)
+
+
+def test_interrupted_build_goes_on(data, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "SHARD_ROWS", 5)
+    cache = make(data, vae, tmp_path / "cache")
+    before = cache.shard(0).stat().st_mtime_ns
+    content = cache.shard(1).read_bytes()
+    cache.shard(1).unlink()
+    make(data, vae, tmp_path / "cache")
+    assert cache.shard(1).read_bytes() == content
+    assert cache.shard(0).stat().st_mtime_ns == before
+
+
+def test_mismatch_names_the_part(data, vae, clips, tmp_path):
+    folder = tmp_path / "cache"
+    make(data, vae, folder)
+    make(data, vae, folder)  # the same again is fine
+    with pytest.raises(ValueError, match=r"another transform.*delete the folder"):
+        make(data.model_copy(update={"fps": 4.0}), vae, folder)
+    with pytest.raises(ValueError, match="another dtype"):
+        make(data, vae, folder, "float16")
+    with torch.no_grad():
+        vae.latent_std.mul_(1.5)
+    with pytest.raises(ValueError, match="another VAE"):
+        make(data, vae, folder)
+    vae.latent_std.div_(1.5)
+    rows = [json.loads(line) for line in (clips / "manifest.jsonl").read_text().splitlines()]
+    rows[3]["caption"] = "something else"
+    (clips / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="another manifest"):
+        make(data, vae, folder)
+
+
+def test_folder_with_something_else_is_left_alone(data, vae, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    with pytest.raises(ValueError, match="something else in it"):
+        make(data, vae, tmp_path / "photos")
+
+
+def test_unreadable_clips_are_left_out_and_counted(data, vae, clips, tmp_path):
+    broken = sorted(clips.rglob("*.mp4"))[2]
+    broken.write_bytes(b"")
+    cache = make(data, vae, tmp_path / "cache")
+    assert list(cache.bad()) == [2]
+    assert "000002.mp4" in cache.bad()[2]
+    assert len(CachedLatents(cache, 0, max_bad_share=0.1)) == 11
+    with pytest.raises(ValueError, match=r"1 of 12 clips cannot be read, a share of 0\.083"):
+        CachedLatents(cache, 0, max_bad_share=0.05)

@@ -1,0 +1,1 @@
+"""The torchrun entry, the loop, parallelism, checkpoints, EMA and logging."""

@@ -1,0 +1,86 @@
+"""The `zoetrope` command: every room's commands under one name, every mistake in one line.
+
+Rooms are imported when a command of theirs runs, so that `zoetrope --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data.cli import app as data_app
+from eval.cli import evaluate
+from sample.cli import sample
+
+app = typer.Typer(
+    name="zoetrope",
+    help="Train a text-to-video generator, sample it, and measure it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data_app, name="data")
+app.command("sample")(sample)
+app.command("eval")(evaluate)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A run's YAML file; see configs/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, values in YAML.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would be and cost, and stop.")
+    ] = False,
+) -> None:
+    """Train a VAE or a DiT; the same command again goes on where it stopped."""
+    from train.config_file import load_config
+
+    run = load_config(config, overrides or [])
+    if dry_run:
+        from train.plan import plan
+
+        if _rank() == 0:
+            typer.echo(plan(run))
+        return
+    from train.loop import train as run_training
+
+    run_training(run)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command and exits: 0, 2 after a mistake named in one line, 130 after Ctrl-C.
+
+    ZOETROPE_TRACEBACK=1 shows where an error came from.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    command = typer.main.get_command(app)
+    try:
+        command.main(args=arguments, prog_name="zoetrope")
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("ZOETROPE_TRACEBACK") == "1":
+            raise
+        _complain(error)
+        sys.exit(2)
+
+
+def _complain(error: Exception) -> None:
+    """One line per problem; from the other ranks only what the main one may not have seen."""
+    where = "" if _rank() == 0 else f" [rank {_rank()}]"
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        text = f"{error.filename} does not exist"
+    else:
+        text = str(error)
+    for line in text.splitlines():
+        print(f"zoetrope: error:{where} {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,192 @@
+"""`make demo`: from nothing to scored videos, as the commands a user would type themselves.
+
+Every step can be interrupted: the same command finds what is done and goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+PROMPT_SEED = 2_000  # of the scenes shown on the page; scores use eval's own seed
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a demo is; minutes are measured on two CPU cores (docs/benchmarks.md)."""
+
+    out: Path
+    vae: Path
+    dit: Path
+    clips: int
+    held_out: int
+    prompts: int
+    minutes: tuple[float, ...]  # per step
+
+
+SIZES = {
+    "world": Size(
+        out=Path("runs/demo"),
+        vae=Path("configs/world/vae.yaml"),
+        dit=Path("configs/world/dit.yaml"),
+        clips=20_000,
+        held_out=512,
+        prompts=300,
+        minutes=(1, 3, 16, 0.5, 1, 0.1),
+    ),
+    "tiny": Size(
+        out=Path("runs/demo-tiny"),
+        vae=Path("configs/world/tiny-vae.yaml"),
+        dit=Path("configs/world/tiny-dit.yaml"),
+        clips=128,
+        held_out=16,
+        prompts=8,
+        minutes=(0.1, 0.3, 0.4, 0.2, 0.2, 0.1),
+    ),
+}
+
+
+def run(*command: str) -> None:
+    """One step's command, shown as it could be typed.
+
+    Raises:
+        SystemExit: it failed; with its exit code, its own message standing above.
+    """
+    print(f"$ {shlex.join(command)}", flush=True)
+    executable = Path(sys.executable).with_name(command[0])
+    code = subprocess.call([str(executable), *command[1:]])
+    if code != 0:
+        print(f"demo: that command failed with exit code {code}; make demo goes on from here")
+        raise SystemExit(code if code > 0 else 128 - code)
+
+
+def render(size: Size) -> None:
+    """The training clips, and held-out ones for validation."""
+    for split, clips, seed in (("train", size.clips, 1), ("held-out", size.held_out, 2)):
+        folder = str(size.out / "world" / split)
+        options = {"--clips": clips, "--seed": seed, "--split": split, "--level": 1}
+        flat = [str(x) for pair in options.items() for x in pair]
+        run("zoetrope", "data", "world", folder, *flat)
+
+
+def torchrun(config: Path) -> None:
+    run("torchrun", "--standalone", "--nproc-per-node", "1", "-m", "train", str(config))
+
+
+def write_prompts(size: Size) -> Path:
+    """Prompts that no training clip has: other wordings, and colour-shape pairs never seen."""
+    from data.manifest import read_manifest
+    from eval.world_suite import WorldSettings, eval_scenes
+
+    manifest = read_manifest(size.out / "world" / "train" / "manifest.jsonl")
+    trained = {text for row in manifest.rows for text in row.captions}
+    prompts: list[str] = []
+    for split, num in (("held-out", 12), ("combinations", 4)):
+        settings = WorldSettings(num=num, seed=PROMPT_SEED, split=split)
+        _, found = eval_scenes(settings, avoid=trained, height=32, width=32, num_frames=9, fps=8.0)
+        prompts += found
+    path = size.out / "prompts.txt"
+    path.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    return path
+
+
+def sample(size: Size) -> None:
+    """Videos from the prompts, as files and as one picture."""
+    (size.out / "samples").mkdir(parents=True, exist_ok=True)
+    prompts = write_prompts(size)
+    files = {
+        "--prompts": prompts,
+        "-o": size.out / "samples" / "sample.mp4",
+        "--sheet": size.out / "contact-sheet.png",
+    }
+    flat = [str(x) for pair in files.items() for x in pair]
+    run("zoetrope", "sample", str(size.out / "model"), *flat)
+
+
+def score(size: Size) -> None:
+    """The table: held-out prompts and pairs never seen, unless this model has been scored."""
+    model, train = size.out / "model", size.out / "world" / "train" / "manifest.jsonl"
+    for split in ("held-out", "combinations"):
+        scores = size.out / f"scores-{split}.json"
+        if scores.is_file() and scores.stat().st_mtime > (model / "model.yaml").stat().st_mtime:
+            print(f"{scores}: this model is scored already")
+            continue
+        options = {"--suite": "world", "--split": split, "--num": size.prompts, "--avoid": train}
+        flat = [str(x) for pair in options.items() for x in pair]
+        run("zoetrope", "eval", str(model), *flat, "-o", str(scores))
+
+
+def report(size: Size) -> None:
+    """The page that shows all of it."""
+    from eval.report import ReportVideo, write_report
+    from eval.tables import score_table
+
+    out = size.out
+    prompts = (out / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    videos = [
+        ReportVideo(out / "samples" / f"sample-{i:03d}.mp4", prompt)
+        for i, prompt in enumerate(prompts)
+    ]
+    splits = ("held-out", "combinations")
+    results = [json.loads((out / f"scores-{split}.json").read_text()) for split in splits]
+    write_report(
+        out / "report.html",
+        "Zoetrope: videos that this machine learned to make from text",
+        intro="A video VAE and a diffusion transformer, trained from nothing on the procedural "
+        "world (level 1: one object, straight motions in four directions, 32x32 pixels).",
+        videos={"Prompts never used in training": videos[:12], "Pairs never seen": videos[12:]},
+        tables=[score_table(result) for result in results],
+        logs={"VAE": out / "vae" / "log.jsonl", "DiT": out / "dit" / "log.jsonl"},
+        picture=out / "contact-sheet.png",
+    )
+
+
+def link_model(size: Size) -> None:
+    """runs/demo/model is the DiT run's export, under the name that the README uses."""
+    link, target = size.out / "model", Path("dit") / "model"
+    if link.is_symlink() or not link.exists():
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+
+
+def train_dit(size: Size) -> None:
+    torchrun(size.dit)
+    link_model(size)
+
+
+def main(name: str = "world") -> None:
+    """Runs every step of the demo of that size, saying how far along it is.
+
+    Raises:
+        SystemExit: no such size, or a step failed.
+    """
+    if name not in SIZES:
+        raise SystemExit(f"demo: DEMO={name} is unknown; use {' or '.join(SIZES)}")
+    size, begun = SIZES[name], time.monotonic()
+    steps = (
+        ("render the world", lambda: render(size)),
+        ("train the video VAE", lambda: torchrun(size.vae)),
+        ("train the diffusion transformer", lambda: train_dit(size)),
+        ("sample prompts never used in training", lambda: sample(size)),
+        ("score them", lambda: score(size)),
+        ("write the report", lambda: report(size)),
+    )
+    for i, (title, step) in enumerate(steps):
+        left = sum(size.minutes[i:])
+        print(f"\n[{i + 1}/{len(steps)}] {title} (about {left:.0f} min to go)", flush=True)
+        step()
+    out = size.out.resolve()
+    print(f"\nDone in {(time.monotonic() - begun) / 60:.1f} min.")
+    print(f"  videos, curves, scores: {out / 'report.html'}")
+    print(f"  one picture:            {out / 'contact-sheet.png'}")
+    print(f'  your own prompt:        .venv/bin/zoetrope sample {size.out / "model"} "a red circle')
+    print('                          moving left on a blue background" -o out.mp4')
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])

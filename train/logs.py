@@ -1,0 +1,188 @@
+"""What a run says while it runs: lines on the terminal, log.jsonl, videos, and wandb.
+
+Only the main rank writes. wandb is a mirror: when it fails, the run says so once and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from torch import Tensor
+
+from data.video import write_video
+from train.config import RunConfig
+from train.distributed import Ranks
+
+# Fields of a log.jsonl row that depend on the clock; all others are the same on every repetition.
+TIME_FIELDS = ("seconds", "samples_per_second", "data_wait_share")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Rows of a log.jsonl; a last line that was cut off while being written is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class RunLog:
+    """log.jsonl, samples/ and wandb of one run.
+
+    Args:
+        start_step: of the checkpoint that the run goes on from, or 0; rows of later steps, which an
+            interrupted run wrote, are dropped from log.jsonl, because they will be made again.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks, start_step: int) -> None:
+        self.config, self.enabled = config, ranks.is_main
+        self.path = config.out / "log.jsonl"
+        self._wandb: Any = None
+        if self.enabled:
+            kept = [row for row in read_log(self.path) if row["step"] <= start_step]
+            text = "".join(json.dumps(row) + "\n" for row in (kept if start_step else []))
+            partial = self.path.with_name(".log.jsonl.partial")
+            partial.write_text(text)
+            os.replace(partial, self.path)
+            self._wandb = _start_wandb(config)
+
+    def say(self, text: str) -> None:
+        """A line on the terminal."""
+        if self.enabled:
+            print(text, flush=True)
+
+    def row(self, step: int, values: dict[str, float]) -> None:
+        """Appends a row about the state after `step` steps."""
+        if not self.enabled:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._mirror(lambda: self._wandb.log(values, step=step))
+
+    def videos(self, step: int, videos: dict[str, Tensor]) -> None:
+        """Writes uint8 videos (3 f h w) as samples/step-00001000/NAME.mp4."""
+        if not self.enabled or not videos:
+            return
+        folder = self.config.out / "samples" / f"step-{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, video in videos.items():
+            write_video(folder / f"{name}.mp4", video, self.config.data.fps)
+
+        def show() -> None:
+            import wandb
+
+            files = {
+                f"samples/{name}": wandb.Video(str(folder / f"{name}.mp4"), format="mp4")
+                for name in videos
+            }
+            self._wandb.log(files, step=step)
+
+        self._mirror(show)
+
+    def close(self, exit_code: int = 0) -> None:
+        """Ends the wandb run."""
+        if self.enabled:
+            self._mirror(lambda: self._wandb.finish(exit_code=exit_code))
+
+    def _mirror(self, send: Callable[[], Any]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            send()
+        except Exception as error:
+            self.say(f"wandb stopped ({type(error).__name__}: {error}); the run goes on without it")
+            self._wandb = None
+
+
+def _start_wandb(config: RunConfig) -> Any:
+    mode = config.logging.wandb
+    if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
+        return None
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+    try:
+        import wandb
+
+        return wandb.init(
+            project=config.logging.project,
+            name=config.out.name,
+            dir=str(config.out),
+            config=config.model_dump(mode="json"),
+            mode=mode,  # type: ignore[arg-type]
+            id=config.hash(),
+            resume="allow" if mode == "online" else None,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except Exception as error:
+        print(f"wandb did not start ({type(error).__name__}: {error}); the run goes on without it")
+        return None
+
+
+def _logged_in() -> bool:
+    """Whether wandb has a key to use, so that it never stops to ask for one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class Window:
+    """The figures since the last row: means over steps, and what the clock says.
+
+    Its content goes into checkpoints, so that the row that a resumed run writes first is the one
+    that an uninterrupted run writes.
+    """
+
+    def __init__(self, saved: dict[str, list[float]] | None = None, seconds: float = 0.0) -> None:
+        self.values: dict[str, list[float]] = saved or {}
+        self.seconds = seconds  # spent in training steps since the run first started
+        self._busy = self._wait = 0.0
+        self._samples = 0
+
+    def add(self, values: dict[str, float], samples: int, busy: float, wait: float) -> None:
+        """One step: its figures, samples, and seconds in all and for data."""
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value)
+        self._samples += samples
+        self._busy += busy
+        self._wait += wait
+        self.seconds += busy
+
+    def take(self) -> dict[str, float]:
+        """The row, and a fresh start."""
+        row = {name: sum(values) / len(values) for name, values in self.values.items()}
+        row["samples_per_second"] = round(self._samples / max(self._busy, 1e-9), 2)
+        row["data_wait_share"] = round(self._wait / max(self._busy, 1e-9), 4)
+        row["seconds"] = round(self.seconds, 3)
+        self.values, self._busy, self._wait, self._samples = {}, 0.0, 0.0, 0
+        return row
+
+
+def describe(step: int, num_steps: int, row: dict[str, float]) -> str:
+    """The line of one row; `left` is the time that the remaining steps need at this speed."""
+    shown = [f"step {step:>{len(str(num_steps))}}/{num_steps}"]
+    for name in ("loss", "l1", "psnr", "grad_norm"):
+        if name in row:
+            shown.append(f"{name} {row[name]:.4g}")
+    shown.append(f"lr {row['lr']:.2e}")
+    shown.append(f"{row['samples_per_second']:.0f} samples/s")
+    shown.append(f"data wait {100 * row['data_wait_share']:.0f}%")
+    return "  ".join(shown)
+
+
+def clock(seconds: float) -> str:
+    """1:02:03, or 2:03."""
+    text = time.strftime("%H:%M:%S", time.gmtime(max(0.0, seconds)))
+    return text.removeprefix("00:").removeprefix("0")

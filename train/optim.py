@@ -1,0 +1,58 @@
+"""Optimizers, learning-rate schedules and gradient norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from train.config import AdamWConfig, ScheduleConfig
+
+
+def build_optimizer(trained: Mapping[str, nn.Parameter], config: AdamWConfig) -> Optimizer:
+    """AdamW; matrices and kernels decay, biases, gains and other vectors do not."""
+    matrices = [p for p in trained.values() if p.ndim >= 2]
+    vectors = [p for p in trained.values() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def schedule_factor(config: ScheduleConfig, step: int, num_steps: int) -> float:
+    """What the learning rate is multiplied with at a step, in (0, 1].
+
+    Rises linearly over `warmup_steps`, and falls over the last decay_fraction * num_steps steps,
+    the last of which would be followed by zero.
+
+    Args:
+        step: counted from 0.
+    """
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    num_decay = round(config.decay_fraction * num_steps)
+    if config.kind == "constant" or step < num_steps - num_decay:
+        return warmup
+    left = (num_steps - step) / (num_decay + 1)  # in (0, 1)
+    decay = left if config.kind == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+    return warmup * decay
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """One learning rate for all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales gradients down to a global norm of at most max_norm; returns the norm before."""
+    return torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)

@@ -1,0 +1,63 @@
+"""What a run will cost, before it starts: `--dry-run`.
+
+Counted on the meta device, where shapes are computed and numbers are not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from train.config import RunConfig
+from train.config_file import dump_config
+from train.distributed import Ranks, micro_batch_size
+from train.recipe import Recipe
+from train.setup import build_recipe, open_data
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """Parameters, and those of them in training."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
+
+
+def flops_per_sample(recipe: Recipe) -> int:
+    """Multiplications and additions of one sample's forward and backward pass, in matrix products
+    and convolutions. Leaves the recipe's weights on the meta device."""
+    recipe.to("meta")
+    with FlopCounterMode(display=False) as counter:
+        losses, _ = recipe(recipe.example_batch(1, "meta"))
+        losses.sum().backward()
+    return counter.get_total_flops()
+
+
+def plan(config: RunConfig) -> str:
+    """The resolved config, parameters by part, tokens and FLOPs.
+
+    Raises:
+        ValueError: what training itself would raise before its first step.
+        FileNotFoundError: a manifest or model folder is missing.
+    """
+    data = open_data(config)
+    recipe = build_recipe(config, data, Ranks(0, 1, torch.device("cpu"), None))
+    batch_size = config.train.batch_size
+    micro = micro_batch_size(batch_size, config.train.grad_accum, 1)
+    lines = [dump_config(config)]
+    for name, module in recipe.parts().items():
+        total, trained = count_parameters(module)
+        lines.append(f"{name + ' parameters':28}{total:>16,}  ({trained:,} trained)")
+    clips = len(data.train.rows)
+    tokens = recipe.num_tokens()
+    flops = flops_per_sample(recipe) * batch_size
+    epochs = config.train.steps * batch_size / clips
+    lines += [
+        f"{'clips':28}{clips:>16,}  ({len(data.train.bad):,} rows left out)",
+        f"{'epochs':28}{epochs:>16,.1f}",
+        f"{'samples per batch':28}{batch_size:>16,}  ({micro:,} per micro-batch and process)",
+        f"{'tokens per sample':28}{tokens:>16,}",
+        f"{'tokens per batch':28}{tokens * batch_size:>16,}",
+        f"{'FLOPs per step':28}{flops:>16.3e}",
+        f"{'FLOPs in all':28}{flops * config.train.steps:>16.3e}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,103 @@
+"""What a recipe is: the part of training that differs between the VAE and the DiT.
+
+The loop (train/loop.py) knows losses, steps and ranks; a recipe knows networks and batches.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from data.manifest import Manifest
+from data.randomness import generator, stream_seed
+from train.config import RunConfig
+from train.distributed import Ranks
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """The clips of a run; `validation` is the training manifest where a run has no other."""
+
+    train: Manifest
+    validation: Manifest
+
+
+class Recipe(nn.Module, ABC):
+    """Networks in training, frozen ones beside them, and everything the loop asks for.
+
+    Parameters with requires_grad are trained; the rest is frozen. `forward` runs under autocast,
+    and inside DistributedDataParallel.
+    """
+
+    def __init__(self, config: RunConfig, data: TrainData, ranks: Ranks) -> None:
+        super().__init__()
+        self.config, self.data, self.ranks = config, data, ranks
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters in training, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    @abstractmethod
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks by name, for counting parameters."""
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The repeated modules, each of which is compiled on its own."""
+
+    @abstractmethod
+    def dataset(self) -> Dataset[Any]:
+        """Items by global sample counter g; built once, when training starts."""
+
+    @abstractmethod
+    def make_batch(self, items: dict[str, Any], step: int) -> Batch:
+        """Tensors for `forward` on the device; a function of the items and counters alone."""
+
+    @abstractmethod
+    def example_batch(self, batch_size: int, device: str) -> Batch:
+        """A batch of the right shapes with meaningless content."""
+
+    @abstractmethod
+    def num_tokens(self) -> int:
+        """Positions that the network works on, per sample."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss per sample (b,), and figures to log, each (b,) and detached."""
+
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Figures on the validation clips with the current weights; all ranks share the work."""
+
+    @abstractmethod
+    def samples(self) -> dict[str, Tensor]:
+        """Videos to look at, uint8 (3 f h w) by name. Called on the main rank only."""
+
+    @abstractmethod
+    def export(self, folder: Path, provenance: dict[str, Any]) -> None:
+        """Writes the model folder. All ranks call it; the main one writes."""
+
+
+def counted_noise(
+    seed: int, purpose: str, g: Sequence[int], shape: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """Standard normal (len(g), *shape): row i is a function of (seed, purpose, g[i]) alone."""
+    noise = torch.empty(len(g), *shape, device=device)
+    for row, index in zip(noise, g):
+        row.normal_(generator=generator(seed, purpose, index, device=device))
+    return noise
+
+
+def counted_uniform(seed: int, purpose: str, g: Sequence[int]) -> Tensor:
+    """Uniform float64 draws in [0, 1), (len(g),): row i depends on (seed, purpose, g[i]) alone."""
+    bits = torch.tensor([stream_seed(seed, purpose, i) >> 10 for i in g], dtype=torch.int64)
+    return bits.double() / 2**53

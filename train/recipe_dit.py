@@ -1,0 +1,247 @@
+"""The DiT recipe: denoise the latents of a trained VAE, given a caption."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from data.randomness import numpy_generator
+from data.video import to_float, to_uint8
+from dit.text import TextEncoder
+from dit.transformer import DiT
+from sample.model import Model, ModelInfo, load_model, save_model
+from sample.pipeline import TextToVideo
+from train.clips import TrainingClips, read_rows
+from train.config import DiTRecipeConfig, RunConfig
+from train.distributed import Ranks
+from train.latents import CachedLatents, LatentCache
+from train.recipe import Batch, Recipe, TrainData, counted_noise, counted_uniform
+from train.text_checkpoint import load_text_weights
+
+NUM_T_BINS = 10
+_CHUNK = 32  # clips per forward pass when validating
+
+
+@lru_cache(maxsize=2)
+def strata(seed: int, step: int, batch_size: int) -> Tensor:
+    """A permutation of range(batch_size): which stratum of t each sample of a step draws from."""
+    order = numpy_generator(seed, "t-strata", step).permutation(batch_size)
+    return torch.from_numpy(order)
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Manifest rows with their latents (n c f h w), and token ids (n m) of two captions each."""
+
+    rows: list[int]
+    latents: Tensor
+    ids: Tensor
+    shuffled_ids: Tensor
+
+    def parts(self) -> Iterator[ValidationSet]:
+        """Pieces of at most _CHUNK clips."""
+        for first in range(0, len(self.rows), _CHUNK):
+            cut = slice(first, first + _CHUNK)
+            yield ValidationSet(
+                self.rows[cut], self.latents[cut], self.ids[cut], self.shuffled_ids[cut]
+            )
+
+
+def _bin_t(k: int) -> float:
+    """The noise level in the middle of bin k."""
+    return (k + 0.5) / NUM_T_BINS
+
+
+class DiTRecipe(Recipe):
+    """One objective, a DiT and a text encoder (trained with it, or frozen); the VAE is frozen."""
+
+    def __init__(self, config: RunConfig, data: TrainData, ranks: Ranks) -> None:
+        super().__init__(config, data, ranks)
+        assert isinstance(config.recipe, DiTRecipeConfig)
+        self.options, clip = config.recipe, config.data
+        self.objective = config.recipe.objective
+        source = load_model(config.recipe.vae)
+        self.vae = source.vae.requires_grad_(False).eval()
+        if source.info.fps != clip.fps:
+            raise ValueError(
+                f"data.fps={clip.fps:g} but the VAE in {config.recipe.vae} was trained at "
+                f"{source.info.fps:g}; use the same"
+            )
+        self.latent_shape = self.vae.latent_shape(clip.num_frames, clip.height, clip.width)
+        self.text = TextEncoder(config.recipe.text.resolve())
+        if config.recipe.text.checkpoint is not None:
+            load_text_weights(self.text, config.recipe.text.checkpoint)
+        self.dit = DiT(config.recipe.dit.resolve(self.latent_shape[0], self.text.width))
+        patch = self.dit.config.patch_size
+        if any(size % p for size, p in zip(self.latent_shape[1:], patch)):
+            raise ValueError(
+                f"latents of {'x'.join(map(str, self.latent_shape[1:]))} do not divide into "
+                f"patches of {'x'.join(map(str, patch))}; change data.* or recipe.dit.patch_size"
+            )
+        self._token_ids: dict[str, Tensor] = {}
+        self._validation: ValidationSet | None = None
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"dit": self.dit, "text": self.text, "vae (frozen)": self.vae}
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.dit.blocks)
+
+    def dataset(self) -> Dataset[Any]:
+        if self.options.latent_cache is None:
+            return TrainingClips(self.data.train, self.config)
+        cache = LatentCache(
+            self.options.latent_cache, self.data.train, self.config.data, self.options.cache_dtype
+        )
+        self.vae.to(self.ranks.device)
+        cache.build(self.vae, self.ranks)
+        return CachedLatents(cache, self.config.seed, self.config.data.max_bad_share)
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """Token ids (b m), each caption's made once."""
+        for caption in captions:
+            if caption not in self._token_ids:
+                if len(self._token_ids) > 100_000:
+                    self._token_ids.clear()
+                self._token_ids[caption] = self.text.tokenize([caption])[0]
+        return torch.stack([self._token_ids[caption] for caption in captions])
+
+    def make_batch(self, items: dict[str, Any], step: int) -> Batch:
+        g, device, config = items["g"], self.ranks.device, self.config
+        seed, batch_size = config.seed, config.train.batch_size
+        position = torch.tensor(g) - step * batch_size
+        stratum = strata(seed, step, batch_size)[position]
+        uniform = (stratum + counted_uniform(seed, "t", g)) / batch_size
+        dropped = counted_uniform(seed, "caption-dropout", g) < self.options.caption_dropout
+        captions = ["" if drop else text for drop, text in zip(dropped, items["captions"])]
+        batch = {
+            "t": self.objective.sample_t(uniform).to(device),
+            "ids": self.tokenize(captions).to(device),
+            "noise": counted_noise(seed, "noise", g, self.latent_shape, device),
+        }
+        posterior_noise = counted_noise(seed, "posterior", g, self.latent_shape, device)
+        if "mean" in items:
+            mean, std = (items[key].to(device).float() for key in ("mean", "std"))
+            return {**batch, "latents": torch.addcmul(mean, std, posterior_noise)}
+        video = items["video"].to(device, non_blocking=True)
+        return {**batch, "video": video, "posterior_noise": posterior_noise}
+
+    def example_batch(self, batch_size: int, device: str) -> Batch:
+        latents = torch.zeros(batch_size, *self.latent_shape, device=device)
+        length = self.text.config.context_length
+        return {
+            "t": torch.zeros(batch_size, device=device),
+            "ids": torch.zeros(batch_size, length, dtype=torch.long, device=device),
+            "noise": latents,
+            "latents": latents,
+        }
+
+    def num_tokens(self) -> int:
+        return prod(s // p for s, p in zip(self.latent_shape[1:], self.dit.config.patch_size))
+
+    @torch.no_grad()
+    def encode(self, video: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents of uint8 video, in float32 whatever the autocast; without noise their mean."""
+        with torch.autocast(video.device.type, enabled=False):
+            posterior = self.vae.encode(to_float(video))
+        return posterior.mean if noise is None else posterior.sample(noise)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if "latents" in batch:
+            x_0 = batch["latents"]
+        else:
+            x_0 = self.encode(batch["video"], batch["posterior_noise"])
+        noise, t = batch["noise"], batch["t"]
+        x_t = self.objective.add_noise(x_0, noise, t)
+        pred = self.dit(x_t, t, *self.text(batch["ids"]))
+        return self.objective.loss(pred, x_0, noise, t).mean(dim=1), {}
+
+    def _validation_set(self) -> ValidationSet:
+        """This rank's share, made when first asked for."""
+        if self._validation is None:
+            manifest, device = self.data.validation, self.ranks.device
+            count = min(self.config.logging.num_val_clips, len(manifest.rows))
+            share = range(self.ranks.rank, count, self.ranks.world_size)
+            rows, video = read_rows(manifest, share, self.config.data)
+            latents = torch.cat([self.encode(part.to(device)) for part in video.split(_CHUNK)])
+            right = [manifest.rows[row].captions[0] for row in rows]
+            wrong = [manifest.rows[(row + count // 2) % count].captions[0] for row in rows]
+            ids, shuffled_ids = (self.tokenize(texts).to(device) for texts in (right, wrong))
+            self._validation = ValidationSet(rows, latents, ids, shuffled_ids)
+        return self._validation
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Per noise level, on noise that never changes: the loss, and the error of the predicted
+        x_0 with the right and with shuffled captions. Where the two part, the text is used."""
+        sums = torch.zeros(NUM_T_BINS, 4, dtype=torch.float64, device=self.ranks.device)
+        for k in range(NUM_T_BINS):
+            for part in self._validation_set().parts():
+                noise = counted_noise(
+                    0, f"validation-{k}", part.rows, self.latent_shape, self.ranks.device
+                )
+                x_0, t = part.latents, torch.full_like(part.latents[:, 0, 0, 0, 0], _bin_t(k))
+                x_t = self.objective.add_noise(x_0, noise, t)
+                preds = [
+                    self.dit(x_t, t, *self.text(ids)).float()
+                    for ids in (part.ids, part.shuffled_ids)
+                ]
+                sums[k, 0] += self.objective.loss(preds[0], x_0, noise, t).mean(dim=1).sum()
+                for column, pred in enumerate(preds, start=1):
+                    guess, _ = self.objective.x_0_and_noise(pred, x_t, t)
+                    sums[k, column] += (guess - x_0).square().mean(dim=(1, 2, 3, 4)).sum()
+                sums[k, 3] += len(x_0)
+        total = self.ranks.sum(sums).cpu()
+        means = total[:, :3] / total[:, 3:]
+        figures = {"val/loss": means[:, 0].mean().item()}
+        for column, name in enumerate(("loss", "x_0_error", "x_0_error_shuffled")):
+            for k in range(NUM_T_BINS):
+                figures[f"val/{name}/t={_bin_t(k):.2f}"] = means[k, column].item()
+        return figures
+
+    def _model(self, provenance: dict[str, Any]) -> Model:
+        clip = self.config.data
+        info = ModelInfo(
+            fps=clip.fps,
+            num_frames=clip.num_frames,
+            height=clip.height,
+            width=clip.width,
+            provenance=provenance,
+        )
+        return Model(self.vae, info, self.dit, self.text, self.objective)
+
+    def samples(self) -> dict[str, Tensor]:
+        logging, clip = self.config.logging, self.config.data
+        prompts = list(logging.prompts)
+        if not prompts:
+            count = min(logging.num_samples, len(self.data.validation.rows))
+            prompts = [row.captions[0] for row in self.data.validation.rows[:count]]
+        if not prompts:
+            return {}
+        videos = TextToVideo(self._model({}), self.ranks.device)(
+            prompts,
+            frames=clip.num_frames,
+            height=clip.height,
+            width=clip.width,
+            steps=logging.sample_steps,
+            guidance=logging.guidance,
+            seeds=list(range(len(prompts))),
+        )
+        return {f"{n}-{_slug(p)}": to_uint8(v) for n, (p, v) in enumerate(zip(prompts, videos))}
+
+    def export(self, folder: Path, provenance: dict[str, Any]) -> None:
+        if self.ranks.is_main:
+            save_model(folder, self._model(provenance))
+
+
+def _slug(prompt: str) -> str:
+    words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
+    return "-".join(words)[:60]

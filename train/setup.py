@@ -1,0 +1,155 @@
+"""Everything that happens before the first step: data, networks, the newest checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.manifest import read_manifest
+from data.randomness import stream_seed
+from sample.model import load_model
+from train import checkpoint
+from train.checkpoint import TrainState
+from train.config import RunConfig, TrainConfig, VAERecipeConfig, differing_key
+from train.config_file import dump_config
+from train.distributed import Ranks, micro_batch_size
+from train.ema import EMA
+from train.optim import build_optimizer
+from train.recipe import Recipe, TrainData
+from train.recipe_dit import DiTRecipe
+from train.recipe_vae import VAERecipe
+
+_log = logging.getLogger(__name__)
+
+
+def open_data(config: RunConfig) -> TrainData:
+    """The run's manifests, validated; rows that cannot be used are logged."""
+    train = read_manifest(config.data.manifest)
+    validation = train
+    if config.data.validation is not None:
+        validation = read_manifest(config.data.validation)
+    for manifest in {id(m): m for m in (train, validation)}.values():
+        for line, reason in manifest.bad:
+            _log.warning("%s:%d left out: %s", manifest.path, line, reason)
+    return TrainData(train, validation)
+
+
+def build_recipe(config: RunConfig, data: TrainData, ranks: Ranks) -> Recipe:
+    """The recipe on its device, its fresh weights a function of the seed.
+
+    Raises:
+        ValueError: the global batch does not divide, or the recipe's parts do not fit together.
+    """
+    micro_batch_size(config.train.batch_size, config.train.grad_accum, ranks.world_size)
+    torch.manual_seed(stream_seed(config.seed, "weights"))
+    kind = VAERecipe if isinstance(config.recipe, VAERecipeConfig) else DiTRecipe
+    recipe = kind(config, data, ranks).to(ranks.device)
+    if config.train.compile:
+        compile_blocks(recipe)
+    return recipe
+
+
+def fresh_state(recipe: Recipe, config: TrainConfig) -> TrainState:
+    """The state before the first step."""
+    trained = recipe.trained()
+    optimizer = build_optimizer(trained, config.optimizer)
+    return TrainState(recipe, trained, optimizer, EMA(trained, config.ema))
+
+
+def compile_blocks(recipe: Recipe) -> None:
+    """Compiles the repeated blocks in place.
+
+    Raises:
+        ValueError: torch.compile does not work on this machine.
+    """
+    probe = torch.ones(8, device=next(recipe.parameters()).device)
+    try:
+        torch.compile(lambda x: x * 2 + 1)(probe)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"train.compile=true, but torch.compile does not work here ({reason}); it needs a "
+            "C++ compiler (Triton on a GPU). Install one, or set train.compile=false"
+        ) from None
+    for block in recipe.blocks():
+        block.compile()
+
+
+def resume(
+    config: RunConfig, data: TrainData, state: TrainState, ranks: Ranks
+) -> tuple[int, dict[str, Any]]:
+    """Loads the newest checkpoint, if any; returns the steps done and the saved log window.
+
+    Raises:
+        ValueError: it was made with another config or other data; names what differs.
+    """
+    found = checkpoint.list_checkpoints(config.out / "checkpoints")
+    if not found:
+        return 0, {}
+    step, path = found[-1]
+    saved = checkpoint.read_state(path)
+    key = differing_key(saved["config"], config.model_dump(mode="json"))
+    if key is not None:
+        raise ValueError(
+            f"{path} was made with another {key}; undo the change, or train into another folder "
+            "(out=...)"
+        )
+    if saved["data"] != data.train.fingerprint():
+        raise ValueError(
+            f"{path} was made with other rows in {config.data.manifest}; restore them, or train "
+            "into another folder (out=...)"
+        )
+    checkpoint.load_checkpoint(path, state, ranks)
+    return step, saved["window"]
+
+
+def start_folder(config: RunConfig, ranks: Ranks) -> None:
+    """Makes the run's folder with the resolved config in it."""
+    if ranks.is_main:
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_text(config.out / "config.yaml", dump_config(config))
+    ranks.barrier()
+
+
+def describe_run(config: RunConfig, state: TrainState, ranks: Ranks, start_step: int) -> str:
+    """The line that opens a run."""
+    train = config.train
+    micro = micro_batch_size(train.batch_size, train.grad_accum, ranks.world_size)
+    return (
+        f"{config.out}: {sum(p.numel() for p in state.trained.values()):,} parameters, "
+        f"steps {start_step} to {train.steps}, batch {train.batch_size} = {ranks.world_size} "
+        f"processes x {train.grad_accum} x {micro}, {train.dtype} on {ranks.device.type}, "
+        f"{torch.get_num_threads()} threads each"
+    )
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, or None outside a repository."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def exported_step(out: Path) -> int | None:
+    """After how many steps the run's model folder was written; None when there is none."""
+    if not (out / "model").is_dir():
+        return None
+    step = load_model(out / "model").info.provenance.get("step")
+    return step if isinstance(step, int) else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that appears only when complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
