@@ -32,9 +32,6 @@ _NAMED = 80.0
 _MIN_AREA, _MIN_PART = 0.3, 0.6
 # The share of frames that must agree on a colour, or show the object, before it is named.
 _AGREE = 0.75
-# Luma is coded at full resolution and chroma at half, so luma counts more in telling opacity.
-_LUMA = np.array([0.2126, 0.7152, 0.0722])
-_LUMA_WEIGHT = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,12 +98,6 @@ def _name(colour: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str | N
     return nearest if distances[nearest] <= _NAMED else None
 
 
-def _stretch(colours: np.ndarray) -> np.ndarray:
-    """RGB with luma weighted up, so that a dot product trusts it more."""
-    luma = colours @ _LUMA
-    return colours + (_LUMA_WEIGHT - 1) * luma[..., None]
-
-
 def _components(mask: np.ndarray) -> list[np.ndarray]:
     labels, num = cast(tuple[np.ndarray, int], ndimage.label(mask))
     return [labels == k for k in range(1, num + 1)]
@@ -148,14 +139,13 @@ def find_blobs(frame: np.ndarray, background: np.ndarray) -> list[Blob]:
     reach = _distances(masks)
     owner = reach.argmin(axis=0)
     y, x = np.mgrid[0.5:height, 0.5 : frame.shape[1]]
-    stretched = _stretch(offset)
     blobs = []
     for k, mask in enumerate(masks):
         depth = distance[mask]
         core = frame[mask][depth >= np.quantile(depth, 0.6)]
         colour = np.median(core, axis=0)
-        axis = _stretch(colour - background)
-        alpha = stretched @ axis / float(axis @ axis)
+        axis = colour - background
+        alpha = offset @ axis / float(axis @ axis)
         alpha = np.where((owner == k) & (reach[k] <= 2.0), alpha, 0.0)
         area = float(alpha.sum())
         if area >= _MIN_AREA * unit:

@@ -47,6 +47,13 @@ class ClipScore:
     velocity_error: float | None
     gravity_error: float | None
 
+    @property
+    def verdict(self) -> str:
+        """A few words for people: "all right", or what is wrong."""
+        checked = (*_NAMES, "background", "permanence")
+        wrong = [name for name in checked if not getattr(self, name)]
+        return f"wrong: {', '.join(wrong)}" if wrong else "all right"
+
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
         return asdict(self)

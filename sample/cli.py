@@ -4,7 +4,7 @@ import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -78,7 +78,7 @@ def write_gif(path: Path, frames, fps: float) -> None:  # noqa: ANN001 (numpy, i
     os.replace(aside, path)
 
 
-def _advance(bar: "tqdm[None]", count: int, step: int) -> None:
+def _advance(bar: "tqdm[Any]", count: int, step: int) -> None:
     bar.update(count)
 
 

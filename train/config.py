@@ -122,6 +122,17 @@ class AdamWConfig(Section):
     weight_decay: NonNegativeFloat = 0.01  # on matrices and kernels; never on biases and gains
 
 
+class MuonConfig(AdamWConfig):
+    """Muon for the matrices of the recipe's blocks; AdamW, as set here, for the rest."""
+
+    kind: Literal["muon"] = "muon"  # type: ignore[assignment]
+    muon_lr: PositiveFloat = 0.02
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+
+
+OptimizerConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")]
+
+
 class ScheduleConfig(Section):
     """Linear warm-up, a plateau, and a decay to zero over the last share of the steps."""
 
@@ -140,13 +151,13 @@ class TrainConfig(Section):
     batch_size: PositiveInt  # global: over all ranks and accumulated micro-batches
     grad_accum: PositiveInt = 1
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of autocast; weights stay float32
-    optimizer: AdamWConfig
+    optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig = EMAConfig()
     grad_clip: PositiveFloat = 1.0  # global norm
     checkpoint_interval: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
-    compile: bool = False  # torch.compile, block by block
+    compile: bool | Literal["auto"] = False  # torch.compile by block; auto: where it works
     threads: PositiveInt | Literal["auto"] = "auto"  # per process; auto is cores / local processes
 
 

@@ -136,7 +136,7 @@ def report(size: Size) -> None:
     results = [json.loads((out / f"scores-{split}.json").read_text()) for split in splits]
     write_report(
         out / "report.html",
-        "Zoetrope: videos that this machine learned to make from text",
+        title="Zoetrope: videos that this machine learned to make from text",
         intro="A video VAE and a diffusion transformer, trained from nothing on the procedural "
         "world (level 1: one object, straight motions in four directions, 32x32 pixels).",
         videos={"Prompts never used in training": videos[:12], "Pairs never seen": videos[12:]},

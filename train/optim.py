@@ -4,29 +4,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from train.config import AdamWConfig, ScheduleConfig
+from train.config import AdamWConfig, MuonConfig, ScheduleConfig
+from train.muon import MuonAdamW
 
 
-def build_optimizer(trained: Mapping[str, nn.Parameter], config: AdamWConfig) -> Optimizer:
-    """AdamW; matrices and kernels decay, biases, gains and other vectors do not."""
-    matrices = [p for p in trained.values() if p.ndim >= 2]
+def build_optimizer(
+    trained: Mapping[str, nn.Parameter], config: AdamWConfig, blocks: Iterable[nn.Module] = ()
+) -> Optimizer:
+    """AdamW, or Muon with AdamW; matrices and kernels decay, biases, gains and vectors do not.
+
+    Args:
+        blocks: the repeated modules, whose linear weights are what Muon is for.
+    """
+    hidden: list[Tensor] = []
+    if isinstance(config, MuonConfig):
+        layers = (layer for block in blocks for layer in block.modules())
+        hidden = [x.weight for x in layers if isinstance(x, nn.Linear)]
+    held = {id(p) for p in hidden}
+    matrices = [p for p in trained.values() if p.ndim >= 2 and id(p) not in held]
     vectors = [p for p in trained.values() if p.ndim < 2]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "eps": config.eps,
+        "fused": True,
+    }
+    if not isinstance(config, MuonConfig):
+        return AdamW([group for group in groups if group["params"]], **options)
+    ratio = config.muon_lr / config.lr
+    muon = {"muon": True, "lr": config.muon_lr, "lr_ratio": ratio}
+    groups.append({"params": hidden, "weight_decay": config.weight_decay, **muon})
+    groups = [group for group in groups if group["params"]]
+    return MuonAdamW(groups, momentum=config.momentum, **options)
 
 
 def schedule_factor(config: ScheduleConfig, step: int, num_steps: int) -> float:
@@ -48,9 +67,9 @@ def schedule_factor(config: ScheduleConfig, step: int, num_steps: int) -> float:
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """One learning rate for all groups."""
+    """The learning rate of all groups, in a group's own ratio where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

@@ -50,28 +50,32 @@ def build_recipe(config: RunConfig, data: TrainData, ranks: Ranks) -> Recipe:
     kind = VAERecipe if isinstance(config.recipe, VAERecipeConfig) else DiTRecipe
     recipe = kind(config, data, ranks).to(ranks.device)
     if config.train.compile:
-        compile_blocks(recipe)
+        compile_blocks(recipe, optional=config.train.compile == "auto")
     return recipe
 
 
 def fresh_state(recipe: Recipe, config: TrainConfig) -> TrainState:
     """The state before the first step."""
     trained = recipe.trained()
-    optimizer = build_optimizer(trained, config.optimizer)
+    optimizer = build_optimizer(trained, config.optimizer, recipe.blocks())
     return TrainState(recipe, trained, optimizer, EMA(trained, config.ema))
 
 
-def compile_blocks(recipe: Recipe) -> None:
-    """Compiles the repeated blocks in place.
+def compile_blocks(recipe: Recipe, *, optional: bool) -> None:
+    """Compiles the repeated blocks in place; where that cannot be and is optional, says so.
 
     Raises:
-        ValueError: torch.compile does not work on this machine.
+        ValueError: torch.compile does not work on this machine, and was asked for.
     """
     probe = torch.ones(8, device=next(recipe.parameters()).device)
     try:
         torch.compile(lambda x: x * 2 + 1)(probe)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
+        if optional:
+            if recipe.ranks.is_main:
+                print(f"training without torch.compile, which does not work here ({reason})")
+            return
         raise ValueError(
             f"train.compile=true, but torch.compile does not work here ({reason}); it needs a "
             "C++ compiler (Triton on a GPU). Install one, or set train.compile=false"

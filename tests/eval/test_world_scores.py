@@ -23,6 +23,7 @@ def test_the_true_clip_is_right_in_everything(scene):
     score = score_clip(render(scene), scene, exact=True)
     assert all(getattr(score, name) for name in RIGHT)
     assert score.joint_permanence
+    assert score.verdict == "all right"
     assert score.velocity_error < 0.02
     assert score.gravity_error is None
 
@@ -51,6 +52,7 @@ def test_a_wrong_background_is_wrong_in_that_alone(scene):
 def test_reversed_motion_is_wrong_and_its_velocity_off_by_twice_the_speed(scene):
     score = score_clip(render(scene)[::-1], scene, exact=True)
     assert not score.motion
+    assert score.verdict == "wrong: motion"
     assert not score.joint
     assert score.permanence
     speed = np.hypot(*scene.objects[0].velocity[0])
