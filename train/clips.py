@@ -37,6 +37,7 @@ class TrainingClips(ClipDataset):
             fps=data.fps,
             seed=config.seed,
             random_start=data.random_start,
+            backend=data.backend,
         )
         clip_bytes = 3 * data.num_frames * data.height * data.width
         self._room = 0 if data.random_start else int(data.memory_gb * 1e9) // clip_bytes
@@ -69,6 +70,7 @@ def read_row(manifest: Manifest, row: Row, data: DataConfig) -> Tensor:
         width=data.width,
         start=row.start or 0.0,
         end=row.end,
+        backend=data.backend,
     )
 
 

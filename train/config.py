@@ -45,6 +45,7 @@ class DataConfig(Section):
     width: PositiveInt
     fps: PositiveFloat
     num_workers: NonNegativeInt = 0  # loader processes per rank; 0 is quickest for cached latents
+    backend: Literal["auto", "decord", "pyav"] = "auto"  # decoder; auto: decord where it can read
     random_start: bool = True  # draw where in a longer file a clip lies; false: at its start, and
     memory_gb: NonNegativeFloat = 0.5  # then so much of the decoded clips is kept, per process
     max_bad_share: Share = 0.05  # of unreadable files, beyond which the run stops

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from data.manifest import read_manifest
 from data.randomness import stream_seed
@@ -97,7 +98,7 @@ def resume(
         return 0, {}
     step, path = found[-1]
     saved = checkpoint.read_state(path)
-    key = differing_key(saved["config"], config.model_dump(mode="json"))
+    key = differing_key(_with_defaults(saved["config"]), config.model_dump(mode="json"))
     if key is not None:
         raise ValueError(
             f"{path} was made with another {key}; undo the change, or train into another folder "
@@ -110,6 +111,14 @@ def resume(
         )
     checkpoint.load_checkpoint(path, state, ranks)
     return step, saved["window"]
+
+
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with the keys that did not exist yet when it was saved."""
+    try:
+        return RunConfig.model_validate(values).model_dump(mode="json")
+    except ValidationError:  # of a version with other keys: let the comparison name one
+        return values
 
 
 def start_folder(config: RunConfig, ranks: Ranks) -> None:

@@ -1,5 +1,6 @@
 """Interrupted runs end as if nothing had happened."""
 
+import json
 import shutil
 import signal
 
@@ -48,7 +49,8 @@ def flat(value, prefix=""):
 
 def assert_same_run(a, b, folder):
     assert rows(a) == rows(b)
-    for part in sorted(path.name for path in (a / "model").glob("*.safetensors")):
+    parts = sorted(path.name for path in (a / "model").glob("*.safetensors"))
+    for part in parts:
         left, right = load_file(a / "model" / part), load_file(b / "model" / part)
         assert left.keys() == right.keys()
         assert all(torch.equal(left[name], right[name]) for name in left)
@@ -59,6 +61,7 @@ def assert_same_run(a, b, folder):
     left, right = tensors(last_a, folder), tensors(last_b, folder)
     assert left.keys() == right.keys()
     assert any("exp_avg" in name for name in left)
+    assert any("momentum_buffer" in name for name in left) == ("dit.safetensors" in parts)
     assert any(name.startswith("/ema/") for name in left)
     for name, value in left.items():
         same = torch.equal(value, right[name]) if torch.is_tensor(value) else value == right[name]
@@ -67,9 +70,11 @@ def assert_same_run(a, b, folder):
 
 @pytest.mark.parametrize("kind", ["vae", "dit"])
 def test_kill_and_resume_is_bit_exact(room, tmp_path, kind, capsys):
-    whole = room.train(tmp_path / "whole", kind, **HARD)
+    optimizer = {"vae": {"kind": "adamw", "lr": 2e-3}, "dit": {"kind": "muon", "lr": 2e-3}}[kind]
+    changes = {**HARD, "train": {**HARD["train"], "optimizer": optimizer}}
+    whole = room.train(tmp_path / "whole", kind, **changes)
 
-    config = room.write(tmp_path / "killed", kind, **HARD)
+    config = room.write(tmp_path / "killed", kind, **changes)
     process = room.start(config)
     room.wait_for(tmp_path / "killed" / "checkpoints" / "step-00000008", process)
     process.kill()
@@ -84,7 +89,7 @@ def test_kill_and_resume_is_bit_exact(room, tmp_path, kind, capsys):
     assert_same_run(whole, tmp_path / "killed", tmp_path)
 
     capsys.readouterr()
-    room.train(tmp_path / "killed", kind, **HARD)
+    room.train(tmp_path / "killed", kind, **changes)
     assert "done already" in capsys.readouterr().out
 
 
@@ -116,6 +121,19 @@ def test_resume_refuses_another_config(room, tmp_path):
     # What changes nothing in the training may change, and a lost model folder comes back.
     room.train(out, "vae", data={"num_workers": 1}, train={"keep_checkpoints": 7})
     assert (out / "model" / "vae.safetensors").is_file()
+
+
+def test_checkpoint_from_before_a_key_existed(room, tmp_path):
+    out = room.train(tmp_path / "run", "vae")
+    shutil.rmtree(out / "model")
+    (_, path) = list_checkpoints(out / "checkpoints")[-1]
+    state = read_state(path)
+    del state["config"]["data"]["random_start"]
+    (path / "state.json").write_text(json.dumps(state))
+    room.train(out, "vae")
+    assert (out / "model" / "model.yaml").is_file()
+    with pytest.raises(ValueError, match=r"another data\.random_start"):
+        room.train(out, "vae", data={"random_start": False})
 
 
 def test_resume_refuses_other_data(room, tmp_path):

@@ -1,0 +1,1 @@
+"""Measurements behind the figures in docs/benchmarks.md; ratios within one run are what counts."""
