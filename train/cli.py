@@ -64,9 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     ZOETROPE_TRACEBACK=1 shows where an error came from.
     """
-    # Read by OpenMP when torch is imported, which no command has done yet. Threads that wait by
-    # spinning make a step tens of times slower as soon as another process takes one of their cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read by OpenMP when torch is imported, which no command has done yet. Threads that spin for long
+    # make a step tens of times slower as soon as another process takes one of their cores; threads
+    # that never spin cost a third of the speed of small models (docs/benchmarks.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     command = typer.main.get_command(app)
     try:

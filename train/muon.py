@@ -22,11 +22,12 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     """
     a, b, c = _QUINTIC
     wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = (matrices if wide else matrices.mT).bfloat16()
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    norms = matrices.flatten(1).norm(dim=1).view(-1, 1, 1)
+    x = (matrices / (norms + 1e-7)).bfloat16()
+    x = x if wide else x.mT.contiguous()
     for _ in range(5):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).to(matrices.dtype)
 
 
