@@ -92,8 +92,8 @@ class Objective(BaseModel, ABC):
         """Both ends of the line that a prediction implies; solves the 2x2 system above.
 
         Where the prediction says nothing about one end (noise at t = 1 about the data, x_0 at t = 0
-        about the noise) the weights are kept 1e-6 away from the singular point. Near it, noise prediction
-        multiplies its own errors; with the cosine schedule prefer v.
+        about the noise) the weights are kept 1e-6 away from the singular point. Near it, noise
+        prediction multiplies its own errors; with the cosine schedule prefer v.
         """
         t = broadcast_t(t, x_t).float()
         alpha, sigma = self.alpha_sigma(t)

@@ -135,6 +135,14 @@ class Run:
         enabled = self.config.train.dtype == "bfloat16"
         return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=enabled)
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """EMA weights and autocast, without torch.compile: another batch size or no_grad would have
+        it compile anew, and make training's own graph a dynamic, slower one."""
+        eager = torch.compiler.set_stance("force_eager")
+        with self.state.ema.applied(), self.autocast(), eager:
+            yield
+
     def step(self, step: int, loader: Iterator[dict[str, Any]], stop: Stop) -> bool:
         """Forward, backward and update; True when any rank was told to stop.
 
@@ -216,13 +224,13 @@ class Run:
             line = describe(done, self.config.train.steps, row)
             self.log.say(f"{line}  left {clock(left)}")
         if last or done % logging.val_interval == 0:
-            with self.state.ema.applied(), self.autocast():
+            with self.evaluating():
                 row.update(self.recipe.validate())
         if row:
             self.log.row(done, row)
         if last or done % logging.sample_interval == 0:
             if self.ranks.is_main:
-                with self.state.ema.applied(), self.autocast():
+                with self.evaluating():
                     self.log.videos(done, self.recipe.samples())
             self.ranks.barrier()
 
@@ -243,6 +251,6 @@ class Run:
             "data_fingerprint": data.train.fingerprint(),
             "git_commit": git_commit(),
         }
-        with self.state.ema.applied():
+        with self.state.ema.applied(), torch.compiler.set_stance("force_eager"):
             self.recipe.export(self.config.out / "model", provenance)
         self.ranks.barrier()

@@ -82,7 +82,7 @@ def compile_blocks(recipe: Recipe, *, optional: bool) -> None:
             "C++ compiler (Triton on a GPU). Install one, or set train.compile=false"
         ) from None
     for block in recipe.blocks():
-        block.compile()
+        block.compile(dynamic=False)
 
 
 def resume(

@@ -56,8 +56,10 @@ def test_every_prediction_converts_back(objective, per_frame, seed):
 @pytest.mark.parametrize("objective", EVERY, ids=IDS)
 def test_the_ends_are_data_and_noise(objective):
     alpha, sigma = objective.alpha_sigma(torch.tensor([0.0, 1.0]))
-    assert alpha[0] == 1 and sigma[0] == 0
-    assert alpha[1] < 0.07 and sigma[1] > 0.99
+    assert alpha[0] == 1
+    assert sigma[0] == 0
+    assert alpha[1] < 0.07
+    assert sigma[1] > 0.99
 
 
 @pytest.mark.parametrize("objective", EVERY, ids=IDS)
@@ -76,7 +78,8 @@ def test_logit_normal_and_shift():
     u = (torch.arange(100_000) + 0.5) / 100_000
     t = FlowMatching(logit_mean=0.4, logit_std=1.5).sample_t(u).double()
     logit = torch.logit(t)
-    assert abs(logit.mean() - 0.4) < 1e-3 and abs(logit.std() - 1.5) < 1e-2
+    assert abs(logit.mean() - 0.4) < 1e-3
+    assert abs(logit.std() - 1.5) < 1e-2
     shifted = FlowMatching(logit_mean=0.4, logit_std=1.5, shift=3.0).sample_t(u).double()
     torch.testing.assert_close(torch.logit(shifted), logit + math.log(3), atol=1e-2, rtol=1e-3)
     uniform = FlowMatching(t_distribution="uniform").sample_t(u)
@@ -101,14 +104,18 @@ def test_ddpm_draws_every_step_once():
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_ddpm_schedules_fall(schedule):
     alpha_bar = DDPM(schedule=schedule).alpha_bar()
-    assert alpha_bar[0] == 1 and (alpha_bar.diff() < 0).all() and alpha_bar[-1] > 0
+    assert alpha_bar[0] == 1
+    assert (alpha_bar.diff() < 0).all()
+    assert alpha_bar[-1] > 0
 
 
 @pytest.mark.parametrize("objective", EVERY, ids=IDS)
 @pytest.mark.parametrize("num_steps", [1, 2, 20, 37])
 def test_grids_fall_from_noise_to_data(objective, num_steps):
     grid = objective.grid(num_steps)
-    assert len(grid) == num_steps + 1 and grid[0] == 1 and grid[-1] == 0
+    assert len(grid) == num_steps + 1
+    assert grid[0] == 1
+    assert grid[-1] == 0
     assert (grid.diff() < 0).all()
 
 
@@ -141,7 +148,7 @@ def test_the_kind_chooses_the_class():
 
 def test_mistakes():
     x_0, noise = pair()
-    with pytest.raises(ValueError, match="x_0 is .* but noise is"):
+    with pytest.raises(ValueError, match=r"x_0 is .* but noise is"):
         FlowMatching().add_noise(x_0, noise[:1], torch.rand(2))
     with pytest.raises(ValueError, match="t has shape"):
         FlowMatching().add_noise(x_0, noise, torch.rand(5))

@@ -93,7 +93,8 @@ def test_progress_is_told_every_step(sampler):
     end = sampler(
         best_denoiser(objective), x, objective.grid(4), objective, lambda s, y: seen.append((s, y))
     )
-    assert [s for s, _ in seen] == [0, 1, 2, 3] and torch.equal(seen[-1][1], end)
+    assert [s for s, _ in seen] == [0, 1, 2, 3]
+    assert torch.equal(seen[-1][1], end)
 
 
 class CountingModel:
@@ -119,7 +120,8 @@ def test_guidance_moves_away_from_the_negative_and_costs_nothing_at_one():
 
 def test_mistakes():
     flow, ddpm = FlowMatching(), DDPM()
-    assert samplers_for(flow)[0] == "euler" and samplers_for(ddpm)[0] == "ddim"
+    assert samplers_for(flow)[0] == "euler"
+    assert samplers_for(ddpm)[0] == "ddim"
     for name, objective, message in (
         ("ddim", flow, "sampler=ddim does not suit this model's objective; use euler or heun"),
         ("heun", ddpm, "use ddim or ancestral"),

@@ -15,7 +15,8 @@ CAPTIONS = ["a red circle moving left", "", "a large blue square"]
 def test_states_and_mask(causal):
     encoder = TextEncoder(TextConfig(**SMALL, causal=causal))
     context, mask = encoder(encoder.tokenize(CAPTIONS))
-    assert context.shape == (3, 16, 32) and encoder.width == 32
+    assert context.shape == (3, 16, 32)
+    assert encoder.width == 32
     assert mask.sum(dim=1).tolist() == [7, 2, 6]  # words, start and end
     assert torch.isfinite(context).all()
 
@@ -39,7 +40,8 @@ def test_word_order_matters():
 def test_a_caption_that_is_too_long_is_cut_and_still_ends():
     encoder = TextEncoder(TextConfig(**SMALL))
     ids = encoder.tokenize(["red " * 50])
-    assert ids.shape == (1, 16) and ids[0, -1] == 49_407
+    assert ids.shape == (1, 16)
+    assert ids[0, -1] == 49_407
     _, mask = encoder(ids)
     assert mask.all()
 
@@ -59,7 +61,8 @@ def test_states_equal_open_clips_own_tower():
     own = {k.removeprefix("transformer."): v for k, v in encoder.transformer.state_dict().items()}
     theirs = {k: v for k, v in clip.state_dict().items() if not k.startswith("visual.")}
     names = encoder.transformer.state_dict().keys()
-    assert own and set(names) <= set(theirs)
+    assert own
+    assert set(names) <= set(theirs)
     encoder.transformer.load_state_dict({k: theirs[k] for k in names})
     ids = encoder.tokenize(CAPTIONS)
     assert torch.equal(ids, open_clip.get_tokenizer("ViT-B-32")(CAPTIONS))

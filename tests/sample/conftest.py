@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from dit.objective import DDPM, FlowMatching, Objective
+from dit.text import TextConfig, TextEncoder
+from dit.transformer import DiT, DiTConfig
+from dit.vae import VAEConfig, VideoVAE
+from sample.model import Model, ModelInfo, save_model
+
+
+def make_model(objective: Objective | None = None) -> Model:
+    """A tiny random model of 5 frames of 16x16 that says something for every input."""
+    torch.manual_seed(0)
+    vae = VideoVAE(VAEConfig(latent_channels=4, widths=(8, 8), factors=((2, 2), (2, 2))))
+    text = TextEncoder(TextConfig(context_length=16, width=16, num_layers=1, num_heads=2))
+    dit = DiT(
+        DiTConfig(
+            in_channels=4,
+            context_dim=16,
+            dim=24,
+            num_blocks=1,
+            num_heads=2,
+            mlp_dim=48,
+            freq_dim=32,
+        )
+    )
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            if parameter.eq(0).all():
+                parameter.normal_(0, 0.3)
+    info = ModelInfo(fps=8, num_frames=5, height=16, width=16, provenance={"step": 3})
+    return Model(vae, info, dit, text, objective or FlowMatching(shift=3.0))
+
+
+@pytest.fixture
+def model() -> Model:
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "flow"
+    save_model(path, make_model())
+    return path
+
+
+@pytest.fixture(scope="session")
+def ddpm_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "ddpm"
+    save_model(path, make_model(DDPM()))
+    return path
