@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow lint format bench clean
+.PHONY: setup demo test lint format bench clean
 
 setup: $(STAMP)
 
@@ -23,10 +23,7 @@ demo: setup
 	@$(BIN)/python -m train.demo $(DEMO)
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
-
-test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest
 
 # ruff (lint and format) and pyright, as .pre-commit-config.yaml lists them
 lint: setup

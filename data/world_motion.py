@@ -202,6 +202,8 @@ def _ricocheting(
         velocity = part * drawn
         start = float(rng.uniform(low, high))
         if axis == sure:
+            # In a frame much narrower than high the object crosses its room sooner.
+            contact = min(contact, (high - low) / abs(velocity))
             start = (high if velocity > 0 else low) - velocity * contact
         paths.append(physics.reflect(canvas.times, start, velocity, low, high))
     return Motion(*paths)

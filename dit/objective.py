@@ -58,7 +58,7 @@ class Objective(BaseModel, ABC):
 
     @abstractmethod
     def grid(self, num_steps: int, shift: float | None = None) -> Tensor:
-        """num_steps + 1 falling noise levels from 1 to 0, the sampler's stops."""
+        """num_steps + 1 falling noise levels from (nearly) 1 to 0, the sampler's stops."""
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t for clean latents and standard normal noise (b c f h w), t (b,) or (b f).
@@ -92,8 +92,7 @@ class Objective(BaseModel, ABC):
         """Both ends of the line that a prediction implies; solves the 2x2 system above.
 
         Where the prediction says nothing about one end (noise at t = 1 about the data, x_0 at t = 0
-        about the noise) the weights are kept 1e-6 away from the singular point. Near it, noise
-        prediction multiplies its own errors; with the cosine schedule prefer v.
+        about the noise) the weights are kept 1e-6 away from the singular point.
         """
         t = broadcast_t(t, x_t).float()
         alpha, sigma = self.alpha_sigma(t)
@@ -149,6 +148,13 @@ class FlowMatching(Objective):
         return shift_t(uniform, self.shift).float()
 
     def grid(self, num_steps: int, shift: float | None = None) -> Tensor:
+        """Evenly spaced, then shifted as in training, or by `shift`.
+
+        Raises:
+            ValueError: shift is not above 0.
+        """
+        if shift is not None and not shift > 0:
+            raise ValueError(f"shift={shift}; use a number above 0, 1 for none")
         uniform = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
         return shift_t(uniform, self.shift if shift is None else shift).float()
 
@@ -199,6 +205,9 @@ class DDPM(Objective):
     def grid(self, num_steps: int, shift: float | None = None) -> Tensor:
         """Evenly spaced steps, snapped to the training steps ("trailing", Lin et al. 2023).
 
+        Noise prediction starts at the last step with alpha >= 0.005: nearer to pure noise it says
+        nothing about the data, and dividing by alpha would blow its errors up.
+
         Raises:
             ValueError: more steps than training has, or a shift, which DDPM does not have.
         """
@@ -207,7 +216,10 @@ class DDPM(Objective):
             raise ValueError(f"num_steps={num_steps} but this DDPM has {n} steps; use {n} or fewer")
         if shift not in (None, 1.0):
             raise ValueError(f"shift={shift}: DDPM has no shift; leave it out")
-        return (torch.linspace(n, 0, num_steps + 1, dtype=torch.float64).round() / n).float()
+        first = n
+        if self.prediction == "noise":
+            first = int((self.alpha_bar().sqrt() >= 0.005).sum()) - 1
+        return (torch.linspace(first, 0, num_steps + 1, dtype=torch.float64).round() / n).float()
 
 
 ObjectiveConfig = Annotated[FlowMatching | DDPM, Field(discriminator="kind")]

@@ -140,15 +140,15 @@ def _shown_on(bar: Any) -> Progress:
 def _vae_suite(
     folder: Path, settings: WorldSettings, listed: Path | None, device: str | None
 ) -> dict[str, Any]:
-    import torch
     from tqdm import tqdm
 
     from data.manifest import read_manifest
     from eval.vae_suite import read_clips, run_vae_suite
     from eval.world_suite import eval_scenes, real_clips
     from sample.model import load_model
+    from sample.pipeline import pick_device
 
-    model = load_model(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_model(folder, pick_device(device))
     info = model.info
     size: dict[str, Any] = {
         "height": info.height,

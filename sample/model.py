@@ -71,12 +71,16 @@ class Model:
         return {name: part for name, part in every.items() if part is not None}
 
 
+def _set_aside(folder: Path) -> Path:
+    """Where the old folder stands while the new one takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
 def save_model(folder: str | os.PathLike[str], model: Model) -> None:
     """Writes a model folder beside the old one, then takes its place."""
     folder = Path(folder)
-    fresh, old = (folder.with_name(f".{folder.name}.{tag}") for tag in ("new", "old"))
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    fresh, old = folder.with_name(f".{folder.name}.new"), _set_aside(folder)
+    shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     for name, part in model.parts().items():
         weights = {k: v.detach().cpu().contiguous() for k, v in part.state_dict().items()}
@@ -86,6 +90,7 @@ def save_model(folder: str | os.PathLike[str], model: Model) -> None:
     text = yaml.safe_dump(contents.model_dump(mode="json", exclude_none=True), sort_keys=False)
     (fresh / "model.yaml").write_text(text)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
     os.replace(fresh, folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -147,6 +152,8 @@ def load_model(folder: str | os.PathLike[str], device: str | torch.device = "cpu
         ValueError: a file is damaged, of another version, or does not fit the others.
     """
     folder = Path(folder)
+    if not folder.exists() and _set_aside(folder).exists():  # a kill in the middle of a save
+        folder = _set_aside(folder)
     contents = read_model_file(folder)
     model = Model(VideoVAE(contents.vae), contents.info, objective=contents.objective)
     if contents.dit is not None and contents.text is not None and contents.objective is not None:

@@ -15,6 +15,21 @@ DEFAULT_STEPS = 20
 DEFAULT_GUIDANCE = 2.0
 
 
+def pick_device(name: str | torch.device | None = None) -> torch.device:
+    """The named device, or a GPU where there is one.
+
+    Raises:
+        ValueError: torch knows no such device, or this machine has none.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"device={name} cannot be used ({reason}); use cpu or cuda") from None
+    return device
+
+
 class TextToVideo:
     """A text-to-video model ready to sample.
 
@@ -24,7 +39,7 @@ class TextToVideo:
     def __init__(self, model: Model, device: str | torch.device | None = None) -> None:
         if model.dit is None or model.text is None or model.objective is None:
             raise ValueError("this model folder holds a VAE alone; sampling needs a trained DiT")
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = pick_device(device)
         self.info, self.objective = model.info, model.objective
         self.vae = model.vae.to(self.device)
         self.dit = model.dit.to(self.device)
@@ -103,9 +118,9 @@ class TextToVideo:
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one per prompt")
         info = self.info
-        shape = self.latent_shape(
-            frames or info.num_frames, height or info.height, width or info.width
-        )
+        wanted = (frames, height, width)
+        trained = (info.num_frames, info.height, info.width)
+        shape = self.latent_shape(*(b if a is None else a for a, b in zip(wanted, trained)))
         generators = [generator(seed, "sample", device=self.device) for seed in seeds]
         bfloat16 = torch.autocast(self.device.type, torch.bfloat16)
         with bfloat16:

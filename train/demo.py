@@ -59,7 +59,13 @@ def run(*command: str) -> None:
     """
     print(f"$ {shlex.join(command)}", flush=True)
     executable = Path(sys.executable).with_name(command[0])
-    code = subprocess.call([str(executable), *command[1:]])
+    process = subprocess.Popen([str(executable), *command[1:]])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # the command got it too, and writes a checkpoint before it ends
+        process.wait()
+        print("\ndemo: interrupted; make demo goes on from here")
+        raise SystemExit(130) from None
     if code != 0:
         print(f"demo: that command failed with exit code {code}; make demo goes on from here")
         raise SystemExit(code if code > 0 else 128 - code)

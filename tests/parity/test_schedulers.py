@@ -71,6 +71,9 @@ def test_ddim(noise, prediction, theirs, schedule):
     x = noise
     for t in scheduler.timesteps:  # its step index k is our t = (k + 1) / 1000
         x = scheduler.step(network(x, ((t + 1) / 1000).expand(2)), t, x).prev_sample
-    got = ddim(network, noise, objective.grid(steps), objective)
+    stops = torch.cat([(scheduler.timesteps + 1) / 1000, torch.zeros(1)])
+    if prediction != "noise":
+        assert torch.equal(stops, objective.grid(steps))
+    got = ddim(network, noise, stops, objective)
     scale = x.abs().max()
     assert (got - x).abs().max() / scale <= 1e-4

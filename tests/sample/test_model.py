@@ -38,6 +38,14 @@ def test_saving_again_replaces_the_whole_folder(tmp_path, model):
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
+def test_a_kill_between_the_renames_loses_nothing(tmp_path, model):
+    save_model(tmp_path / "m", model)
+    (tmp_path / "m").rename(tmp_path / ".m.old")
+    assert load_model(tmp_path / "m").info == model.info
+    save_model(tmp_path / "m", model)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
 def test_no_pickle(folder):
     assert {p.suffix for p in folder.iterdir()} == {".yaml", ".safetensors"}
 
