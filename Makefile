@@ -23,7 +23,7 @@ demo: setup
 	@$(BIN)/python -m train.demo $(DEMO)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # ruff (lint and format) and pyright, as .pre-commit-config.yaml lists them
 lint: setup

@@ -150,15 +150,16 @@ def collate(samples: list[Sample]) -> Batch:
 class BadFiles:
     """Counts the clips that could not be read, logs each once, and stops a run with too many.
 
-    The share is of different clips: bad ones by all seen, once `min(num_files, 1000)` have been
-    seen; before that, by that number.
+    The share is of different clips: bad ones by all seen, once `min(ceil(num_files / world_size),
+    1000)` have been seen; before that, by that number.
 
     Args:
         num_files: rows of the manifest.
         max_bad_share: in [0, 1]; more than this raises.
+        world_size: processes that the files are dealt out to; each has a BadFiles of its own.
     """
 
-    def __init__(self, num_files: int, max_bad_share: float) -> None:
+    def __init__(self, num_files: int, max_bad_share: float, world_size: int = 1) -> None:
         if num_files < 1 or not 0 <= max_bad_share <= 1:
             raise ValueError(
                 f"max_bad_share must be in [0, 1] and num_files positive, "
@@ -167,13 +168,15 @@ class BadFiles:
         self.num_files = num_files
         self.max_bad_share = max_bad_share
         self.counts: dict[str, int] = {}
+        self.reasons: dict[str, str] = {}
+        self._min_seen = min(-(-num_files // world_size), _MIN_FILES)
         self._good_rows: set[int] = set()
 
     @property
     def share(self) -> float:
         """Bad clips as a share of the clips seen so far."""
         seen = len(self.counts) + len(self._good_rows)
-        return len(self.counts) / max(seen, min(self.num_files, _MIN_FILES))
+        return len(self.counts) / max(seen, self._min_seen)
 
     def add(self, bad: Iterable[tuple[str, str]], rows: Iterable[int] = ()) -> None:
         """Takes note of a batch.
@@ -188,6 +191,7 @@ class BadFiles:
         for clip, reason in bad:
             if clip not in self.counts:
                 _log.warning("skipping %s: %s", clip, reason)
+                self.reasons[clip] = reason
             self.counts[clip] = self.counts.get(clip, 0) + 1
         if self.share > self.max_bad_share:
             raise ValueError(

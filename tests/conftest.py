@@ -1,5 +1,12 @@
 """Settings every test shares."""
 
+import os
+
+# Before torch is imported: two test processes and their children share few cores, and OpenMP threads
+# that spin for each other there stand still.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 from hypothesis import settings
 
 # Deadlines measure the machine, not the code.

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = typer.main.get_command(app)
     try:
         command.main(args=arguments, prog_name="zoetrope")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("ZOETROPE_TRACEBACK") == "1":
             raise
         _complain(error)
@@ -80,11 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _complain(error: Exception) -> None:
-    """One line per problem; from the other ranks only what the main one may not have seen."""
+    """One line per problem. Under torchrun every rank says what it met, ranks other than 0 with
+    their number, so that a mistake in the config appears once per process."""
     where = "" if _rank() == 0 else f" [rank {_rank()}]"
-    if isinstance(error, FileNotFoundError) and error.filename is not None:
-        text = f"{error.filename} does not exist"
+    if isinstance(error, OSError) and error.filename is not None:
+        missing = isinstance(error, FileNotFoundError)
+        text = f"{error.filename}{' does not exist' if missing else f': {error.strerror}'}"
     else:
-        text = str(error)
+        text = str(error) or type(error).__name__
+    if text.startswith("Caught "):  # in a data loading worker: its traceback, the message last
+        text = text.strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
     for line in text.splitlines():
         print(f"zoetrope: error:{where} {line}", file=sys.stderr, flush=True)

@@ -108,7 +108,8 @@ class DiTRecipeConfig(Section):
     text: TextSection
     objective: ObjectiveConfig
     caption_dropout: Share = 0.1  # of samples that train on the empty caption, for guidance
-    latent_cache: Path | None = None  # made when missing; without it the VAE encodes every batch
+    latent_cache: Path | None = None  # made when missing; else the VAE encodes every batch. Needs
+    # data.random_start=false, as it holds each row's start only
     cache_dtype: Literal["float16", "float32"] = "float16"
 
 
@@ -197,6 +198,22 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} does not divide into "
                 f"train.grad_accum={self.train.grad_accum} micro-batches"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit_the_recipe(self) -> RunConfig:
+        recipe = self.recipe
+        if isinstance(recipe, VAERecipeConfig):
+            if self.train.optimizer.kind == "muon":
+                raise ValueError(
+                    "train.optimizer.kind=muon is for the matrices of a DiT, and the VAE recipe "
+                    "has none; use adamw"
+                )
+        elif recipe.latent_cache is not None and self.data.random_start:
+            raise ValueError(
+                "recipe.latent_cache holds one clip per row, from its start; set "
+                "data.random_start=false or leave recipe.latent_cache out"
             )
         return self
 

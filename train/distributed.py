@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,26 @@ class Ranks:
         if self.mesh is not None:
             dist.all_reduce(values)
         return values
+
+    def agree(self, error: Exception | None) -> None:
+        """Raises on every rank when one of them has an error: its own there, else a ValueError.
+
+        Without it the others would wait at their next barrier for a rank that has gone.
+        """
+        failed = torch.full((1,), float(error is not None), device=self.device)
+        self.sum(failed)
+        if error is not None:
+            raise error
+        if failed.item():
+            raise ValueError("another process of this run could not go on; see what it says")
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank has, by rank; the values can be pickled."""
+        if self.mesh is None:
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return found
 
     def barrier(self) -> None:
         if self.mesh is not None:

@@ -84,10 +84,24 @@ class LatentCache:
         data = self.data
         return {
             "manifest": self.manifest.fingerprint(),
+            "version of the media files": self._hash_files(),
             "transform": f"{data.num_frames}x{data.height}x{data.width} at {data.fps:g} fps",
             "VAE": hash_weights(vae),
             "dtype": self.dtype,
         }
+
+    def _hash_files(self) -> str:
+        """Sixteen hex digits of local files' sizes and times of change, and of the paths of all."""
+        digest = hashlib.sha256()
+        for row in self.manifest.rows:
+            digest.update(f"{row.path}\n".encode())
+            if "://" not in row.path:
+                try:
+                    status = os.stat(self.manifest.locate(row))
+                except OSError:  # reading it will say why
+                    continue
+                digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:16]
 
     def shard(self, index: int) -> Path:
         return self.folder / f"shard-{index:05d}.safetensors"
@@ -127,13 +141,14 @@ class LatentCache:
                         "another recipe.latent_cache"
                     )
             return
-        if self.folder.is_dir() and any(self.folder.iterdir()):
+        # A start that was cut short leaves a dot file behind.
+        if self.folder.is_dir() and any(p.name[0] != "." for p in self.folder.iterdir()):
             raise ValueError(
                 f"recipe.latent_cache {self.folder} is a folder with something else in it; "
                 "choose another"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / ".index.json.partial"
+        partial = self.folder / f".index.json.{os.getpid()}.partial"
         text = {"fingerprint": fingerprint, "num_rows": len(self.manifest.rows)}
         partial.write_text(json.dumps(text, indent=1) + "\n")
         os.replace(partial, index)
@@ -170,7 +185,7 @@ class LatentCache:
             "rows": torch.tensor(rows, dtype=torch.long),
         }
         path = self.shard(index)
-        partial = path.with_name(f".{path.name}.partial")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         save_file(tensors, partial, metadata={"bad": json.dumps(bad)})
         os.replace(partial, path)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import netrc
 import os
-import time
+import secrets
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,13 +119,23 @@ def _start_wandb(config: RunConfig) -> Any:
             dir=str(config.out),
             config=config.model_dump(mode="json"),
             mode=mode,  # type: ignore[arg-type]
-            id=config.hash(),
+            id=_wandb_id(config.out),
             resume="allow" if mode == "online" else None,
             settings=wandb.Settings(silent=True, console="off"),
         )
     except Exception as error:
         print(f"wandb did not start ({type(error).__name__}: {error}); the run goes on without it")
         return None
+
+
+def _wandb_id(out: Path) -> str:
+    """The run's name at wandb: drawn once, so that a resumed run goes on there too."""
+    path = out / "wandb-id.txt"
+    if not path.is_file():
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(secrets.token_hex(8) + "\n")
+        os.replace(partial, path)
+    return path.read_text().strip()
 
 
 def _logged_in() -> bool:
@@ -163,7 +174,7 @@ class Window:
     def take(self) -> dict[str, float]:
         """The row, and a fresh start."""
         row = {name: sum(values) / len(values) for name, values in self.values.items()}
-        row["samples_per_second"] = round(self._samples / max(self._busy, 1e-9), 2)
+        row["samples_per_second"] = float(f"{self._samples / max(self._busy, 1e-9):.6g}")
         row["data_wait_share"] = round(self._wait / max(self._busy, 1e-9), 4)
         row["seconds"] = round(self.seconds, 3)
         self.values, self._busy, self._wait, self._samples = {}, 0.0, 0.0, 0
@@ -177,12 +188,22 @@ def describe(step: int, num_steps: int, row: dict[str, float]) -> str:
         if name in row:
             shown.append(f"{name} {row[name]:.4g}")
     shown.append(f"lr {row['lr']:.2e}")
-    shown.append(f"{row['samples_per_second']:.0f} samples/s")
+    speed = row["samples_per_second"]
+    shown.append(f"{speed:.0f} samples/s" if speed >= 10 else f"{speed:.2g} samples/s")
     shown.append(f"data wait {100 * row['data_wait_share']:.0f}%")
     return "  ".join(shown)
 
 
+def describe_unread(reasons: dict[str, str]) -> str:
+    """The line about clips that could not be read, from why by clip; at most five reasons."""
+    counted = Counter(reasons.values()).most_common()
+    shown = [f"{reason} ({count})" for reason, count in counted[:5]]
+    more = [f"{len(counted) - 5} other reasons"] if len(counted) > 5 else []
+    return f"{len(reasons)} clips could not be read: {'; '.join(shown + more)}"
+
+
 def clock(seconds: float) -> str:
-    """1:02:03, or 2:03."""
-    text = time.strftime("%H:%M:%S", time.gmtime(max(0.0, seconds)))
-    return text.removeprefix("00:").removeprefix("0")
+    """1:02:03, or 2:03; hours are not cut off at a day."""
+    minutes, second = divmod(int(max(0.0, seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

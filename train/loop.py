@@ -22,15 +22,18 @@ from train.checkpoint import TrainState
 from train.clips import make_loader
 from train.config import RunConfig
 from train.distributed import Ranks
-from train.logs import RunLog, Window, clock, describe
+from train.logs import RunLog, Window, clock, describe, describe_unread
 from train.optim import clip_gradients, schedule_factor, set_lr
 from train.recipe import Batch, Recipe, TrainData
 from train.setup import (
     build_recipe,
+    check_validation,
     describe_run,
     exported_step,
     fresh_state,
     git_commit,
+    hash_frozen,
+    locked_folder,
     open_data,
     resume,
     start_folder,
@@ -54,21 +57,29 @@ def train(config: RunConfig) -> None:
     ranks = distributed.start(config.device, config.train.threads)
     data = open_data(config)
     recipe = build_recipe(config, data, ranks)
-    state = fresh_state(recipe, config.train)
-    start_step, saved_window = resume(config, data, state, ranks)
+    with locked_folder(config, ranks):
+        _train(config, data, recipe, ranks)
+    distributed.stop()
+
+
+def _train(config: RunConfig, data: TrainData, recipe: Recipe, ranks: Ranks) -> None:
+    """`train`, once the run's folder is its own."""
+    state, frozen = fresh_state(recipe, config.train), hash_frozen(recipe)
+    start_step, saved = resume(config, data, state, frozen, ranks)
     if start_step == config.train.steps and exported_step(config.out) == start_step:
         if ranks.is_main:
             print(f"{config.out}: all {start_step} steps are done already")
-        distributed.stop()
         return
 
+    check_validation(config, recipe, ranks)
     start_folder(config, ranks)
     loader = iter(make_loader(recipe.dataset(), config, ranks, start_step))
     model = distributed.parallelize(recipe, ranks)
     log = RunLog(config, ranks, start_step)
     log.say(describe_run(config, state, ranks, start_step))
-    bad_files = BadFiles(len(data.train.rows), config.data.max_bad_share)
-    run = Run(config, ranks, recipe, model, state, log, Window(**saved_window), bad_files)
+    bad_files = BadFiles(len(data.train.rows), config.data.max_bad_share, ranks.world_size)
+    window, unread = Window(**saved.get("window", {})), saved.get("unread", {})
+    run = Run(config, ranks, recipe, model, state, frozen, log, window, bad_files, unread)
     with catch_signals() as stop:
         for step in range(start_step, config.train.steps):
             stopping = run.step(step, loader, stop)
@@ -85,9 +96,11 @@ def train(config: RunConfig) -> None:
             if due and not last:
                 run.export(done, data)
     run.export(config.train.steps, data)
+    unread = run.all_unread()
+    if unread:
+        log.say(describe_unread(unread))
     log.say(f"{config.out / 'model'}: exported after {config.train.steps} steps")
     log.close()
-    distributed.stop()
 
 
 @dataclass
@@ -125,9 +138,11 @@ class Run:
     recipe: Recipe
     model: nn.Module
     state: TrainState
+    frozen: dict[str, str]  # hashes of the networks that checkpoints leave out
     log: RunLog
     window: Window
     bad_files: BadFiles
+    unread: dict[str, str]  # clips that could not be read before the run was resumed, and why
     batches: list[Batch] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
@@ -213,6 +228,12 @@ class Run:
             "warm-up is the usual cure"
         )
 
+    def all_unread(self) -> dict[str, str]:
+        """Clips that could not be read so far, on any rank, and why; every rank calls it."""
+        for reasons in self.ranks.gather(self.bad_files.reasons):
+            self.unread.update(reasons)
+        return self.unread
+
     def report(self, done: int) -> None:
         """The row and the videos that are due after `done` steps."""
         logging, last = self.config.logging, done == self.config.train.steps
@@ -223,6 +244,9 @@ class Run:
             left = steps_left * self.config.train.batch_size / row["samples_per_second"]
             line = describe(done, self.config.train.steps, row)
             self.log.say(f"{line}  left {clock(left)}")
+            unread = self.all_unread()
+            if unread:
+                row["bad_clips"] = len(unread)
         if last or done % logging.val_interval == 0:
             with self.evaluating():
                 row.update(self.recipe.validate())
@@ -238,6 +262,8 @@ class Run:
         extra = {
             "config": self.config.model_dump(mode="json"),
             "data": data.train.fingerprint(),
+            "frozen": self.frozen,
+            "unread": self.all_unread(),
             "window": {"saved": self.window.values, "seconds": self.window.seconds},
         }
         folder = self.config.out / "checkpoints"

@@ -5,6 +5,8 @@ Counted on the meta device, where shapes are computed and numbers are not.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,7 +26,8 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
 
 def flops_per_sample(recipe: Recipe) -> int:
     """Multiplications and additions of one sample's forward and backward pass, in matrix products
-    and convolutions. Leaves the recipe's weights on the meta device."""
+    and convolutions; without a latent cache, of the frozen VAE's encoder too. Leaves the recipe's
+    weights on the meta device."""
     recipe.to("meta")
     with FlopCounterMode(display=False) as counter:
         losses, _ = recipe(recipe.example_batch(1, "meta"))
@@ -36,13 +39,16 @@ def plan(config: RunConfig) -> str:
     """The resolved config, parameters by part, tokens and FLOPs.
 
     Raises:
-        ValueError: what training itself would raise before its first step.
+        ValueError: what training itself would raise about the config, the data and the networks.
         FileNotFoundError: a manifest or model folder is missing.
     """
     data = open_data(config)
-    recipe = build_recipe(config, data, Ranks(0, 1, torch.device("cpu"), None))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    eager = config.train.model_copy(update={"compile": False})  # nothing here runs
+    ranks = Ranks(0, world_size, torch.device("cpu"), None)
+    recipe = build_recipe(config.model_copy(update={"train": eager}), data, ranks)
     batch_size = config.train.batch_size
-    micro = micro_batch_size(batch_size, config.train.grad_accum, 1)
+    micro = micro_batch_size(batch_size, config.train.grad_accum, world_size)
     lines = [dump_config(config)]
     for name, module in recipe.parts().items():
         total, trained = count_parameters(module)

@@ -50,6 +50,14 @@ class Recipe(nn.Module, ABC):
     def parts(self) -> dict[str, nn.Module]:
         """The networks by name, for counting parameters."""
 
+    def frozen(self) -> dict[str, nn.Module]:
+        """The networks that training reads and never changes, by name."""
+        return {}
+
+    @abstractmethod
+    def load_validation(self) -> int:
+        """Reads this rank's share of the validation clips, and keeps them; how many there are."""
+
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """The repeated modules, each of which is compiled on its own."""

@@ -92,6 +92,13 @@ class DiTRecipe(Recipe):
     def parts(self) -> dict[str, nn.Module]:
         return {"dit": self.dit, "text": self.text, "vae (frozen)": self.vae}
 
+    def frozen(self) -> dict[str, nn.Module]:
+        text = {} if self.options.text.trainable else {"text encoder": self.text}
+        return {"VAE": self.vae, **text}
+
+    def load_validation(self) -> int:
+        return len(self._validation_set().rows)
+
     def blocks(self) -> list[nn.Module]:
         return list(self.dit.blocks)
 
@@ -106,13 +113,14 @@ class DiTRecipe(Recipe):
         return CachedLatents(cache, self.config.seed, self.config.data.max_bad_share)
 
     def tokenize(self, captions: list[str]) -> Tensor:
-        """Token ids (b m), each caption's made once."""
+        """Token ids (b m), each caption's made once; b may be 0."""
         for caption in captions:
             if caption not in self._token_ids:
                 if len(self._token_ids) > 100_000:
                     self._token_ids.clear()
                 self._token_ids[caption] = self.text.tokenize([caption])[0]
-        return torch.stack([self._token_ids[caption] for caption in captions])
+        none = torch.empty(0, self.text.config.context_length, dtype=torch.long)
+        return torch.stack([self._token_ids[c] for c in captions]) if captions else none
 
     def make_batch(self, items: dict[str, Any], step: int) -> Batch:
         g, device, config = items["g"], self.ranks.device, self.config
@@ -137,11 +145,19 @@ class DiTRecipe(Recipe):
     def example_batch(self, batch_size: int, device: str) -> Batch:
         latents = torch.zeros(batch_size, *self.latent_shape, device=device)
         length = self.text.config.context_length
-        return {
+        batch = {
             "t": torch.zeros(batch_size, device=device),
             "ids": torch.zeros(batch_size, length, dtype=torch.long, device=device),
             "noise": latents,
-            "latents": latents,
+        }
+        if self.options.latent_cache is not None:
+            return {**batch, "latents": latents}
+        clip = self.config.data
+        video = (batch_size, 3, clip.num_frames, clip.height, clip.width)
+        return {
+            **batch,
+            "video": torch.zeros(video, dtype=torch.uint8, device=device),
+            "posterior_noise": latents,
         }
 
     def num_tokens(self) -> int:
@@ -150,7 +166,7 @@ class DiTRecipe(Recipe):
     @torch.no_grad()
     def encode(self, video: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents of uint8 video, in float32 whatever the autocast; without noise their mean."""
-        with torch.autocast(video.device.type, enabled=False):
+        with torch.autocast(self.ranks.device.type, enabled=False):
             posterior = self.vae.encode(to_float(video))
         return posterior.mean if noise is None else posterior.sample(noise)
 
@@ -171,7 +187,8 @@ class DiTRecipe(Recipe):
             count = min(self.config.logging.num_val_clips, len(manifest.rows))
             share = range(self.ranks.rank, count, self.ranks.world_size)
             rows, video = read_rows(manifest, share, self.config.data)
-            latents = torch.cat([self.encode(part.to(device)) for part in video.split(_CHUNK)])
+            parts = [self.encode(part.to(device)) for part in video.split(_CHUNK) if len(part)]
+            latents = torch.cat([torch.empty(0, *self.latent_shape, device=device), *parts])
             right = [manifest.rows[row].captions[0] for row in rows]
             wrong = [manifest.rows[(row + count // 2) % count].captions[0] for row in rows]
             ids, shuffled_ids = (self.tokenize(texts).to(device) for texts in (right, wrong))

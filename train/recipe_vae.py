@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.randomness import permuted_index
 from data.video import to_float, to_uint8
 from dit.vae import ResidualBlock, VideoVAE
 from sample.model import Model, ModelInfo, save_model
@@ -43,6 +44,9 @@ class VAERecipe(Recipe):
 
     def parts(self) -> dict[str, nn.Module]:
         return {"vae encoder": self.vae.encoder, "vae decoder": self.vae.decoder}
+
+    def load_validation(self) -> int:
+        return len(self._validation_clips())
 
     def blocks(self) -> list[nn.Module]:
         return [module for module in self.vae.modules() if isinstance(module, ResidualBlock)]
@@ -96,7 +100,9 @@ class VAERecipe(Recipe):
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         sums = torch.zeros(3, dtype=torch.float64)  # psnr, l1, number of clips
-        for chunk in self._validation_clips().split(_CHUNK):
+        clips = self._validation_clips()
+        for first in range(0, len(clips), _CHUNK):
+            chunk = clips[first : first + _CHUNK]
             video = to_float(chunk.to(self.ranks.device))
             output = self.reconstruct(video)
             l1 = (output - video).abs().mean(dim=(1, 2, 3, 4))
@@ -118,21 +124,35 @@ class VAERecipe(Recipe):
 
     @torch.no_grad()
     def measure_latents(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation per channel (c,) of posterior draws for training clips."""
-        count = min(self.options.num_statistics_clips, len(self.data.train.rows))
-        rows = range(self.ranks.rank, count, self.ranks.world_size)
+        """Mean and standard deviation per channel (c,) of posterior draws for training clips, which
+        the seed chooses.
+
+        Raises:
+            ValueError: none of them can be read.
+        """
+        seed, num_rows = self.config.seed, len(self.data.train.rows)
+        count = min(self.options.num_statistics_clips, num_rows)
+        share = range(self.ranks.rank, count, self.ranks.world_size)
+        rows = [permuted_index(seed, number, num_rows) for number in share]
         device = self.ranks.device
         sums = torch.zeros(3, self.latent_shape[0], dtype=torch.float64, device=device)
         for first in range(0, len(rows), _CHUNK):
             kept, clips = read_rows(self.data.train, rows[first : first + _CHUNK], self.config.data)
+            if not kept:
+                continue
             mean, log_variance = self.vae.moments(to_float(clips.to(device)))
-            noise = counted_noise(self.config.seed, "statistics", kept, self.latent_shape, device)
+            noise = counted_noise(seed, "statistics", kept, self.latent_shape, device)
             latents = (mean + (0.5 * log_variance).exp() * noise).double()
             values = latents.transpose(0, 1).flatten(1)
             sums[0] += values.sum(1)
             sums[1] += values.square().sum(1)
             sums[2] += values.shape[1]
         total, squares, number = self.ranks.sum(sums)
+        if not number.any():
+            raise ValueError(
+                f"none of the {count} clips of {self.data.train.path} that latent statistics come "
+                f"from can be read; run `zoetrope data check {self.data.train.path}`"
+            )
         mean = total / number
         return mean.float(), (squares / number - mean.square()).clamp(min=1e-12).sqrt().float()
 

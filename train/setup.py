@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from pydantic import ValidationError
@@ -20,6 +23,7 @@ from train.config import RunConfig, TrainConfig, VAERecipeConfig, differing_key
 from train.config_file import dump_config
 from train.distributed import Ranks, micro_batch_size
 from train.ema import EMA
+from train.latents import hash_weights
 from train.optim import build_optimizer
 from train.recipe import Recipe, TrainData
 from train.recipe_dit import DiTRecipe
@@ -85,13 +89,84 @@ def compile_blocks(recipe: Recipe, *, optional: bool) -> None:
         block.compile(dynamic=False)
 
 
-def resume(
-    config: RunConfig, data: TrainData, state: TrainState, ranks: Ranks
-) -> tuple[int, dict[str, Any]]:
-    """Loads the newest checkpoint, if any; returns the steps done and the saved log window.
+@contextmanager
+def locked_folder(config: RunConfig, ranks: Ranks) -> Iterator[None]:
+    """Makes the run's folder, and keeps other runs out of it until this process ends the block.
 
     Raises:
-        ValueError: it was made with another config or other data; names what differs.
+        ValueError: another process is training into the folder.
+        OSError: the folder cannot be made or written to; a ValueError on the other ranks.
+    """
+    file, error = None, None
+    if ranks.is_main:
+        try:
+            config.out.mkdir(parents=True, exist_ok=True)
+            file = (config.out / ".lock").open("a")
+            if not _lock(file):
+                error = ValueError(
+                    f"{config.out}: another process is training into this folder; wait for it or "
+                    "choose another out"
+                )
+        except OSError as reason:
+            error = reason
+    try:
+        ranks.agree(error)
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _lock(file: IO[str]) -> bool:
+    """Whether the file is this process's now; always, where there is no fcntl (Windows).
+
+    lockf, not flock: data loading workers would inherit an flock, and hold it for some seconds
+    after the training process was killed.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            _log.warning("%s cannot be locked (%s); no other run may use it", file.name, error)
+            return True
+        return False
+    return True
+
+
+def hash_frozen(recipe: Recipe) -> dict[str, str]:
+    """Hashes of the networks that checkpoints do not hold, by name."""
+    return {name: hash_weights(module) for name, module in recipe.frozen().items()}
+
+
+def check_validation(config: RunConfig, recipe: Recipe, ranks: Ranks) -> None:
+    """Reads the validation clips.
+
+    Raises:
+        ValueError: none of them can be read, on any rank.
+    """
+    count = torch.tensor([recipe.load_validation()], device=ranks.device)
+    if not ranks.sum(count).item():
+        manifest = config.data.validation or config.data.manifest
+        raise ValueError(
+            f"none of the first {config.logging.num_val_clips} clips of {manifest} can be read, "
+            f"and validation needs one; run `zoetrope data check {manifest}`"
+        )
+
+
+def resume(
+    config: RunConfig, data: TrainData, state: TrainState, frozen: dict[str, str], ranks: Ranks
+) -> tuple[int, dict[str, Any]]:
+    """Loads the newest checkpoint, if any; returns the steps done and its state.json.
+
+    Args:
+        frozen: from `hash_frozen`.
+    Raises:
+        ValueError: it was made with another config, other data or other frozen networks; names
+            what differs.
     """
     found = checkpoint.list_checkpoints(config.out / "checkpoints")
     if not found:
@@ -109,8 +184,14 @@ def resume(
             f"{path} was made with other rows in {config.data.manifest}; restore them, or train "
             "into another folder (out=...)"
         )
+    for name, digest in saved.get("frozen", {}).items():
+        if frozen.get(name) != digest:
+            raise ValueError(
+                f"{path} was made with another {name}: its weights have hash {digest}, now "
+                f"{frozen.get(name)}; restore them, or train into another folder (out=...)"
+            )
     checkpoint.load_checkpoint(path, state, ranks)
-    return step, saved["window"]
+    return step, saved
 
 
 def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -122,9 +203,8 @@ def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_folder(config: RunConfig, ranks: Ranks) -> None:
-    """Makes the run's folder with the resolved config in it."""
+    """Puts the resolved config into the run's folder."""
     if ranks.is_main:
-        config.out.mkdir(parents=True, exist_ok=True)
         write_text(config.out / "config.yaml", dump_config(config))
     ranks.barrier()
 

@@ -36,6 +36,7 @@ def test_same_losses_as_one_process(room, torchrun, tmp_path, kind):
     changes = dict(TWENTY)
     if kind == "dit":
         changes["recipe"] = {"latent_cache": str(tmp_path / "latents"), "cache_dtype": "float32"}
+        changes["data"] = {"random_start": False}
     code, output = torchrun("-m", "train", room.write(tmp_path / "two", kind, **changes))
     assert code == 0, output
     one = room.train(tmp_path / "one", kind, **changes)
@@ -55,6 +56,13 @@ def test_same_losses_as_one_process(room, torchrun, tmp_path, kind):
     room.train(tmp_path / "two", kind, **changes)
     resumed = [row["loss"] for row in read_log(tmp_path / "two" / "log.jsonl")]
     assert resumed == pytest.approx([row["loss"] for row in read_log(one / "log.jsonl")], abs=1e-5)
+
+
+def test_occupied_folder_stops_both(room, torchrun, tmp_path):
+    with room.occupied(tmp_path / "run"):
+        code, output = torchrun("-m", "train", room.write(tmp_path / "run", "vae"))
+    assert code != 0
+    assert "run: another process is training into this folder" in output
 
 
 def test_nonfinite_on_one_rank_stops_both(room, torchrun, tmp_path):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -117,6 +118,23 @@ class Room:
             stderr=subprocess.STDOUT,
             text=True,
         )
+
+    @contextmanager
+    def occupied(self, out):
+        """Inside it another process holds the folder of a run."""
+        out.mkdir(parents=True, exist_ok=True)
+        code = (
+            "import fcntl, sys\nfile = open(sys.argv[1], 'a')\n"
+            "fcntl.lockf(file, fcntl.LOCK_EX)\nprint('held', flush=True)\nsys.stdin.read()"
+        )
+        command = [sys.executable, "-c", code, str(out / ".lock")]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            yield
+            process.communicate()
 
     def wait_for(self, path, process, seconds=120):
         """Until `path` exists; fails when the process ends before it does."""

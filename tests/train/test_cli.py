@@ -41,6 +41,14 @@ def test_dry_run(room, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_counts_the_processes(room, tmp_path, monkeypatch, capsys):
+    config = room.write(tmp_path / "run", "dit")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "(2 per micro-batch and process)" in run(capsys, "train", config, "--dry-run")[1]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "3 processes" in run(capsys, "train", config, "--dry-run")[2]
+
+
 def test_flops_grow_with_the_network(room, tmp_path):
     def flops(*overrides):
         text = plan(load_config(room.write(tmp_path / "run", "dit"), overrides))
@@ -50,7 +58,10 @@ def test_flops_grow_with_the_network(room, tmp_path):
 
     once, twice = flops(), flops("recipe.dit.num_blocks=2")
     assert once < twice < 2 * once
-    assert flops("train.batch_size=8") == pytest.approx(2 * once)
+    assert flops("train.batch_size=8") == pytest.approx(2 * once, rel=1e-3)
+    cached = ("data.random_start=false", f"recipe.latent_cache={tmp_path / 'latents'}")
+    assert flops(*cached) < once
+    assert flops("train.compile=true") == once
 
 
 @pytest.mark.parametrize(
@@ -71,6 +82,37 @@ def test_mistakes_are_one_line_and_exit_2(room, tmp_path, capsys, override, expe
     assert len(err.splitlines()) == 1
     assert err.startswith("zoetrope: error: ")
     assert expected in err
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (PermissionError(13, "Permission denied", "runs/x"), "runs/x: Permission denied"),
+        (FileNotFoundError(2, "No such file", "a.yaml"), "a.yaml does not exist"),
+        (OSError("no route"), "no route"),
+        (
+            ValueError(
+                "Caught ValueError in DataLoader worker process 0.\n"
+                "Original Traceback (most recent call last):\n  ...\nValueError: 32 clips bad\n\n"
+            ),
+            "32 clips bad",
+        ),
+    ],
+)
+def test_errors_from_below_are_one_line(monkeypatch, capsys, tmp_path, error, expected):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("train.config_file.load_config", fail)
+    code, _, err = run(capsys, "train", tmp_path / "none.yaml")
+    assert (code, err) == (2, f"zoetrope: error: {expected}\n")
+
+
+def test_out_that_is_a_file(room, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    code, _, err = run(capsys, "train", room.write(tmp_path / "run", "vae"), f"out={tmp_path}/file")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert f"{tmp_path}/file: File exists" in err
 
 
 def test_several_problems_are_several_lines(room, tmp_path, capsys):

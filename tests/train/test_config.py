@@ -58,12 +58,18 @@ def test_overrides_reach_optional_sections_and_floats_without_a_dot(write):
         ("recipe.text.trainable=false", "recipe.text: a frozen text encoder needs a pretrained"),
         ("train.dtype=float64", "train.dtype: got 'float64', expected 'float32' or 'bfloat16'"),
         ("train.grad_accum=3", "train.batch_size=4 does not divide into train.grad_accum=3"),
+        ("recipe.latent_cache=x", "set data.random_start=false or leave recipe.latent_cache out"),
         ("train.steps=ten", "train.steps: got 'ten', expected a valid integer"),
         ("data.manifest=null", "data.manifest: got None, expected a path"),
     ],
 )
 def test_mistakes_are_named(write, override, expected):
     assert expected in problem(write(), override)
+
+
+def test_muon_is_not_for_the_vae(write):
+    expected = "train.optimizer.kind=muon is for the matrices of a DiT"
+    assert expected in problem(write("vae"), "train.optimizer.kind=muon")
 
 
 def test_missing_keys_are_named(write):

@@ -1,6 +1,7 @@
 """The latent cache: equal to encoding on the fly, resumable, and never silently stale."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -27,7 +28,8 @@ def clips(room, tmp_path):
 
 @pytest.fixture
 def data(clips):
-    return DataConfig(manifest=clips / "manifest.jsonl", num_frames=5, height=16, width=16, fps=8.0)
+    size = {"num_frames": 5, "height": 16, "width": 16, "fps": 8.0}
+    return DataConfig(manifest=clips / "manifest.jsonl", random_start=False, **size)
 
 
 @pytest.fixture
@@ -59,9 +61,10 @@ def test_same_order_captions_and_posteriors_as_the_clips(data, vae, tmp_path, mo
 
 
 def test_cached_training_equals_uncached(room, tmp_path):
-    plain = room.train(tmp_path / "plain", "dit")
+    data = {"random_start": False}
+    plain = room.train(tmp_path / "plain", "dit", data=data)
     recipe = {"latent_cache": str(tmp_path / "cache"), "cache_dtype": "float32"}
-    cached = room.train(tmp_path / "cached", "dit", recipe=recipe, data={"num_workers": 1})
+    cached = room.train(tmp_path / "cached", "dit", recipe=recipe, data={**data, "num_workers": 1})
     plain, cached = ([r["loss"] for r in read_log(x / "log.jsonl")] for x in (plain, cached))
     assert cached == pytest.approx(plain, abs=1e-5)
 
@@ -95,6 +98,24 @@ def test_mismatch_names_the_part(data, vae, clips, tmp_path):
     (clips / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="another manifest"):
         make(data, vae, folder)
+
+
+def test_changed_file_is_noticed(data, vae, clips, tmp_path):
+    folder = tmp_path / "cache"
+    make(data, vae, folder)
+    clip = sorted(clips.rglob("*.mp4"))[2]
+    stat = clip.stat()
+    os.utime(clip, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match="another version of the media files"):
+        make(data, vae, folder)
+    os.utime(clip, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    make(data, vae, folder)
+
+
+def test_start_that_was_cut_short_goes_on(data, vae, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".index.json.17.partial").write_text('{"finger')
+    assert make(data, vae, tmp_path / "cache").bad() == {}
 
 
 def test_folder_with_something_else_is_left_alone(data, vae, tmp_path):

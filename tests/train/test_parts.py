@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from data.dataset import BadFiles
 from dit.objective import FlowMatching
 from train.config import AdamWConfig, EMAConfig, ScheduleConfig
 from train.distributed import micro_batch_size
 from train.ema import EMA
-from train.logs import Window, clock
+from train.logs import Window, clock, describe, describe_unread
 from train.optim import build_optimizer, clip_gradients, schedule_factor
 from train.recipe import counted_noise, counted_uniform
 from train.recipe_dit import strata
@@ -134,3 +135,28 @@ def test_window_averages_and_survives():
 
 def test_clock():
     assert [clock(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
+    assert clock(30 * 3600 + 61) == "30:01:01"
+
+
+def test_slow_runs_have_a_speed():
+    window = Window()
+    window.add({"loss": 1.0, "lr": 1.0}, samples=1, busy=900.0, wait=0.0)
+    row = window.take()
+    assert row["samples_per_second"] == pytest.approx(1 / 900, rel=1e-4)
+    assert "0.0011 samples/s" in describe(1, 2, row)
+
+
+def test_unread_clips_are_told_by_reason():
+    reasons = {"a": "too short", "b": "empty", "c": "too short"}
+    assert describe_unread(reasons) == "3 clips could not be read: too short (2); empty (1)"
+    many = describe_unread({str(k): f"reason {k}" for k in range(9)})
+    assert many.endswith("reason 4 (1); 4 other reasons")
+
+
+def test_share_of_bad_files_is_of_this_process():
+    alone, one_of_four = (BadFiles(40, 0.1, world_size=n) for n in (1, 4))
+    bad = [("a.mp4", "empty"), ("b.mp4", "empty")]
+    alone.add(bad)
+    assert alone.reasons == dict(bad)
+    with pytest.raises(ValueError, match=r"a share of 0\.200"):
+        one_of_four.add(bad)

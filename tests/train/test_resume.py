@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from train.checkpoint import list_checkpoints, read_state
@@ -144,6 +144,33 @@ def test_resume_refuses_other_data(room, tmp_path):
     manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(ValueError, match="other rows"):
         room.train(out, "vae", data={"manifest": str(manifest)})
+
+
+def test_resume_refuses_another_vae(room, tmp_path):
+    vae = tmp_path / "vae"
+    shutil.copytree(room.vae, vae)
+    out = room.train(tmp_path / "run", "dit", recipe={"vae": str(vae)}, train={"steps": 3})
+    shutil.rmtree(out / "model")
+    weights = load_file(vae / "vae.safetensors")
+    changed = {name: value * 1.01 for name, value in weights.items()}
+    save_file(changed, vae / "vae.safetensors")
+    again = {"recipe": {"vae": str(vae)}, "train": {"steps": 3}}
+    with pytest.raises(ValueError, match=r"step-00000003 was made with another VAE: .*restore"):
+        room.train(out, "dit", **again)
+    (_, path) = list_checkpoints(out / "checkpoints")[-1]
+    state = read_state(path)
+    assert list(state.pop("frozen")) == ["VAE"]  # as a checkpoint of an earlier version
+    (path / "state.json").write_text(json.dumps(state))
+    room.train(out, "dit", **again)
+    assert (out / "model" / "model.yaml").is_file()
+
+
+def test_one_run_at_a_time(room, tmp_path):
+    changes = {"train": {"steps": 1}}
+    expected = pytest.raises(ValueError, match="run: another process is training into this folder")
+    with room.occupied(tmp_path / "run"), expected:
+        room.train(tmp_path / "run", "vae", **changes)
+    room.train(tmp_path / "run", "vae", **changes)
 
 
 def test_only_the_last_checkpoints_stay(room, tmp_path):
