@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from data.manifest import Manifest
 from data.randomness import generator, stream_seed
+from sample.model import ModelInfo
 from train.config import RunConfig
 from train.distributed import Ranks
 
@@ -45,6 +46,17 @@ class Recipe(nn.Module, ABC):
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters in training, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def model_info(self, provenance: dict[str, Any]) -> ModelInfo:
+        """What an exported model says of itself: the clips that this run trains on."""
+        clip = self.config.data
+        return ModelInfo(
+            fps=clip.fps,
+            num_frames=clip.num_frames,
+            height=clip.height,
+            width=clip.width,
+            provenance=provenance,
+        )
 
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:

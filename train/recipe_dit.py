@@ -17,7 +17,7 @@ from data.randomness import numpy_generator
 from data.video import to_float, to_uint8
 from dit.text import TextEncoder
 from dit.transformer import DiT
-from sample.model import Model, ModelInfo, load_model, save_model
+from sample.model import Model, load_model, save_model
 from sample.pipeline import TextToVideo
 from train.clips import TrainingClips, read_rows
 from train.config import DiTRecipeConfig, RunConfig
@@ -225,14 +225,7 @@ class DiTRecipe(Recipe):
         return figures
 
     def _model(self, provenance: dict[str, Any]) -> Model:
-        clip = self.config.data
-        info = ModelInfo(
-            fps=clip.fps,
-            num_frames=clip.num_frames,
-            height=clip.height,
-            width=clip.width,
-            provenance=provenance,
-        )
+        info = self.model_info(provenance)
         return Model(self.vae, info, self.dit, self.text, self.objective)
 
     def samples(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from data.randomness import permuted_index
 from data.video import to_float, to_uint8
 from dit.vae import ResidualBlock, VideoVAE
-from sample.model import Model, ModelInfo, save_model
+from sample.model import Model, save_model
 from train.clips import TrainingClips, read_rows
 from train.config import RunConfig, VAERecipeConfig
 from train.distributed import Ranks
@@ -160,18 +160,10 @@ class VAERecipe(Recipe):
         mean, std = self.measure_latents()
         if not self.ranks.is_main:
             return
-        clip = self.config.data
-        info = ModelInfo(
-            fps=clip.fps,
-            num_frames=clip.num_frames,
-            height=clip.height,
-            width=clip.width,
-            provenance=provenance,
-        )
         self.vae.latent_mean.copy_(mean)
         self.vae.latent_std.copy_(std)
         try:
-            save_model(folder, Model(self.vae, info))
+            save_model(folder, Model(self.vae, self.model_info(provenance)))
         finally:  # training and validation go on in the encoder's own units
             self.vae.latent_mean.zero_()
             self.vae.latent_std.fill_(1)
