@@ -37,7 +37,7 @@ SIZES = {
         clips=20_000,
         held_out=512,
         prompts=300,
-        minutes=(1, 2, 14, 0.3, 1.5, 0.1),
+        minutes=(1, 2, 16, 0.3, 1.5, 0.1),
     ),
     "tiny": Size(
         out=Path("runs/demo-tiny"),
