@@ -33,7 +33,8 @@ def world(
     workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
 ) -> None:
     """Render the procedural world: .mp4 clips and a manifest with captions and exact states."""
-    from data.world_files import WorldSpec, parse_size, write_world
+    from data.video import parse_size
+    from data.world_files import WorldSpec, write_world
 
     height, width = parse_size(size)
     spec = WorldSpec(

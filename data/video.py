@@ -6,6 +6,7 @@ Tensors are imported where they are needed: world-rendering workers write files 
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,7 @@ __all__ = [
     "VideoReadError",
     "VideoReader",
     "clip_times",
+    "parse_size",
     "probe",
     "read_clip",
     "to_float",
@@ -32,6 +34,18 @@ __all__ = [
 
 # Full-size frames held at once while they are made smaller.
 _MAX_BYTES = 64 * 2**20
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width in pixels from what a user types, `32` or `32x48` (height first).
+
+    Raises:
+        ValueError: neither form, or nothing to see.
+    """
+    match = re.fullmatch(r"([0-9]+)(?:x([0-9]+))?", text.strip().lower())
+    if match is None or int(match[1]) == 0 or int(match[2] or 1) == 0:
+        raise ValueError(f"--size {text}: expected pixels, as 32 or HEIGHTxWIDTH, such as 32x48")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def to_float(video: torch.Tensor) -> torch.Tensor:

@@ -81,18 +81,6 @@ class WorldSpec:
         )
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """Height and width from "32" or "32x48" (height first).
-
-    Raises:
-        ValueError: neither of the two forms.
-    """
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise ValueError(f"size={text!r} is not a frame size; use one number or HEIGHTxWIDTH")
-    return int(parts[0]), int(parts[-1])
-
-
 def clip_path(index: int) -> str:
     """Where clip number `index` lies, relative to the manifest."""
     return f"clips/{index // 1000:03d}/{index:06d}.mp4"

@@ -1,7 +1,6 @@
 """`zoetrope sample MODEL "prompt"`: a model folder and prompts to video files."""
 
 import os
-import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,18 +11,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 MAX_BATCH_CELLS = 64 * 9 * 32 * 32  # pixels sampled at once on a CPU before a batch is split
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """`32` or `HEIGHTxWIDTH` in pixels.
-
-    Raises:
-        ValueError: neither form.
-    """
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
-    if match is None or int(match[1]) == 0 or match[2] == "0":
-        raise ValueError(f"--size {text}: expected pixels as 32 or HEIGHTxWIDTH, such as 32x48")
-    return int(match[1]), int(match[2] or match[1])
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -121,13 +108,13 @@ def sample(
     texts = [prompt] if prompt is not None else read_prompts(prompts)  # type: ignore[arg-type]
     texts = [text for text in texts for _ in range(num)]
     paths = output_paths(output, len(texts))
-    height, width = (None, None) if size is None else parse_size(size)
 
     from tqdm import tqdm
 
-    from data.video import to_uint8, write_video
+    from data.video import parse_size, to_uint8, write_video
     from sample.pipeline import TextToVideo
 
+    height, width = (None, None) if size is None else parse_size(size)
     pipeline = TextToVideo.from_folder(model, device)
     info = pipeline.info
     cells = (frames or info.num_frames) * (height or info.height) * (width or info.width)

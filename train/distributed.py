@@ -133,11 +133,9 @@ def micro_batch_size(batch_size: int, grad_accum: int, world_size: int) -> int:
 
 def parallelize(recipe: nn.Module, ranks: Ranks) -> nn.Module:
     """The recipe as all ranks train it together: gradients are averaged over the mesh."""
-    if ranks.mesh is None:
+    if ranks.mesh is None or ranks.world_size == 1:
         return recipe
-    return DistributedDataParallel(
-        recipe, device_mesh=ranks.mesh, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    return DistributedDataParallel(recipe, device_mesh=ranks.mesh, gradient_as_bucket_view=True)
 
 
 def keep_local(model: nn.Module, local: bool) -> AbstractContextManager[None]:

@@ -10,8 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from data.cli import app
+from data.video import parse_size
 from data.world import Scene
-from data.world_files import WorldSpec, parse_size, write_world
+from data.world_files import WorldSpec, write_world
 from data.world_render import render
 
 
@@ -135,8 +136,8 @@ def test_damaged_arguments_are_named(tmp_path):
     [
         (("--clips", "0"), "clips=0 leaves nothing to render"),
         (("--size", "33"), "size=33x33 does not fit H.264's chroma planes; use 34x34"),
-        (("--size", "tiny"), "size='tiny' is not a frame size"),
-        (("--size", "32x32x3"), "is not a frame size"),
+        (("--size", "tiny"), "--size tiny: expected pixels"),
+        (("--size", "32x32x3"), "--size 32x32x3: expected pixels"),
         (("--split", "test"), "split=test is unknown"),
         (("--level", "0"), "level=0 is unknown"),
         (("--frames", "100"), "use at most"),
