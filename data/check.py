@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from data.manifest import read_manifest
 from data.video import VideoReader, VideoReadError, clip_times
+from data.workers import interrupts_blocked
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class Wanted:
 
     def __post_init__(self) -> None:
         sizes = [size for size in (self.height, self.width) if size is not None]
-        if self.num_frames < 1 or self.fps <= 0 or any(size < 1 for size in sizes):
+        if self.num_frames < 1 or not 0 < self.fps <= 1000 or any(size < 1 for size in sizes):
             raise ValueError(
-                f"frames, fps, height and width must be positive, got {self.num_frames}, "
-                f"{self.fps:g}, {self.height} and {self.width}"
+                f"frames, height and width must be positive and fps in (0, 1000], got "
+                f"{self.num_frames}, {self.height}, {self.width} and {self.fps:g}"
             )
 
 
@@ -116,10 +117,12 @@ def _verdicts(
         return
     with ProcessPoolExecutor(workers) as pool:
         paths, starts, ends = zip(*pieces, strict=True)
-        try:
-            yield from pool.map(
+        with interrupts_blocked():
+            verdicts = pool.map(
                 check_clip, paths, starts, ends, [wanted] * len(pieces), chunksize=8
             )
+        try:
+            yield from verdicts
         except BrokenProcessPool as error:
             raise ValueError(
                 "a decoder crashed on one of the clips: use --workers 1, which stops after the "

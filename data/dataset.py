@@ -196,8 +196,8 @@ class BadFiles:
         if self.share > self.max_bad_share:
             raise ValueError(
                 f"{len(self.counts)} of the clips cannot be read, a share of {self.share:.3f}, "
-                f"more than max_bad_share={self.max_bad_share}: run `zoetrope data check` on the "
-                f"manifest, or raise max_bad_share"
+                f"more than data.max_bad_share={self.max_bad_share}: run `zoetrope data check` on "
+                f"the manifest, or raise data.max_bad_share"
             )
 
 

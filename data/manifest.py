@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+_log = logging.getLogger(__name__)
+_MAX_NAMED = 20  # rows left out that are named one by one
 _SUFFIXES = (".jsonl", ".csv", ".parquet")
 # Columns whose CSV cells are text, even when they look like a number.
 _TEXT_COLUMNS = ("path",)
@@ -74,6 +77,25 @@ class Manifest:
     rows: list[Row]
     lines: list[int]
     bad: list[tuple[int, str]] = field(default_factory=list)
+
+    def warn_of_bad_rows(self, max_bad_share: float = 1.0) -> None:
+        """Logs the rows that were left out: the first ones by line and reason, and their number.
+
+        Args:
+            max_bad_share: of all rows, in [0, 1].
+        Raises:
+            ValueError: more than that share cannot be used.
+        """
+        for line, reason in self.bad[:_MAX_NAMED]:
+            _log.warning("%s:%d left out: %s", self.path, line, reason)
+        if len(self.bad) > _MAX_NAMED:
+            _log.warning("%s: %d rows left out in all", self.path, len(self.bad))
+        count = len(self.bad) + len(self.rows)
+        if len(self.bad) > max_bad_share * count:
+            raise ValueError(
+                f"{len(self.bad)} of the {count} rows of {self.path} cannot be used, more than "
+                f"data.max_bad_share={max_bad_share}; mend them or raise it"
+            )
 
     @property
     def root(self) -> Path:

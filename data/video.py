@@ -5,6 +5,7 @@ Tensors are imported where they are needed: world-rendering workers write files 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from typing import TYPE_CHECKING
@@ -77,7 +78,7 @@ def clip_times(
     Raises:
         VideoReadError: the piece from `start` to `end` is too short.
     """
-    if num_frames < 1 or fps <= 0:
+    if num_frames < 1 or not 0 < fps < math.inf:
         raise ValueError(f"a clip needs num_frames >= 1 and fps > 0, got {num_frames} and {fps}")
     if not 0 <= position <= 1 or start < 0:
         raise ValueError(f"position={position} must be in [0, 1] and start={start} not negative")

@@ -284,8 +284,8 @@ def check_arguments(
         )
     if num_frames < 2:
         raise ValueError(f"frames={num_frames} show no motion; use at least 2")
-    if not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps={fps:g} is not a frame rate; use a positive number")
+    if not 0 < fps <= 1000:
+        raise ValueError(f"fps={fps:g} is not a frame rate; use a number above 0, at most 1000")
     speed = FAST if split == "speeds" else SPEED
     limit = max_duration(split_motions(level, split), speed, width / height)
     duration = (num_frames - 1) / fps

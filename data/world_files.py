@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from data.randomness import numpy_generator
 from data.video_write import write_video
+from data.workers import interrupts_blocked
 from data.world import Scene, check_arguments, make_scene
 from data.world_captions import captions
 from data.world_render import render
@@ -180,14 +181,15 @@ def _render_chunks(
     # Spawned, not forked: the caller may have threads, and a fork copies their locks.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting = {pool.submit(_render_clips, out, spec, chunk) for chunk in chunks}
+        with interrupts_blocked():
+            waiting = {pool.submit(_render_clips, out, spec, chunk) for chunk in chunks}
         try:
             while waiting:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 yield sum(future.result() for future in done)
         finally:
             # After an error or an interrupt, do not sit through the rest.
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 def _render_clips(out: Path, spec: WorldSpec, indices: list[int]) -> int:

@@ -44,7 +44,7 @@ class Objective(BaseModel, ABC):
         x_0        p = 1, q = 0             data
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     prediction: Prediction
 

@@ -17,7 +17,7 @@ VOCAB_SIZE = 49_408  # CLIP's byte-pair vocabulary
 class TextConfig(BaseModel):
     """The shape of a CLIP text transformer, and whether it is trained with the DiT."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     kind: Literal["open_clip"] = "open_clip"
     context_length: PositiveInt = 77

@@ -24,7 +24,7 @@ CPU_PLAIN_ATTENTION_TOKENS = 512
 class DiTConfig(BaseModel):
     """Size of a DiT. `in_channels` are latent channels, `context_dim` the text encoder's width."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     in_channels: PositiveInt
     context_dim: PositiveInt

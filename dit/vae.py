@@ -25,7 +25,7 @@ Factor = tuple[PositiveInt, PositiveInt]  # time, space
 class VAEConfig(BaseModel):
     """One stage per width: stage i first reduces by factors[i] = (time, space), then has its blocks."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     kind: Literal["causal"] = "causal"
     latent_channels: PositiveInt

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from data.manifest import Manifest
     from eval.world_suite import Progress, WorldSettings
 
 
@@ -59,12 +60,14 @@ def evaluate(
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A .json file.")] = None,
 ) -> None:
-    """Score a model on prompts it has not seen, every figure with N and a 95% interval."""
+    """Score a model on scenes it has not seen, every figure with N and a 95% interval.
+
+    The same words may describe a training clip; --avoid leaves out prompts that do."""
     from eval.tables import as_text, score_table
     from eval.world_suite import WorldSettings
 
-    if output is not None and not output.parent.is_dir():
-        raise FileNotFoundError(f"{output.parent}: no such folder to write {output.name} to")
+    if output is not None:
+        _check_writable(output)
     settings = WorldSettings(
         level=level,
         split=split,
@@ -88,6 +91,16 @@ def evaluate(
         typer.echo(f"written to {output}")
 
 
+def _check_writable(output: Path) -> None:
+    """Before the work, not after it."""
+    if not output.name or output.is_dir():
+        raise ValueError(f"-o {output}: is a folder; give the name of a .json file")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output.parent}: no such folder to write {output.name} to")
+    if not os.access(output.parent, os.W_OK):
+        raise ValueError(f"-o {output}: {output.parent} cannot be written to")
+
+
 def write_json(path: Path, results: dict[str, Any]) -> None:
     """Write results in one step."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -99,11 +112,18 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
 
 
 def _captions(manifest: Path | None) -> set[str]:
-    from data.manifest import read_manifest
-
     if manifest is None:
         return set()
-    return {text for row in read_manifest(manifest).rows for text in row.captions}
+    return {text for row in _read(manifest).rows for text in row.captions}
+
+
+def _read(path: Path) -> Manifest:
+    """A manifest, its unusable rows named."""
+    from data.manifest import read_manifest
+
+    manifest = read_manifest(path)
+    manifest.warn_of_bad_rows()
+    return manifest
 
 
 def _world_suite(
@@ -111,12 +131,11 @@ def _world_suite(
 ) -> dict[str, Any]:
     from tqdm import tqdm
 
-    from data.manifest import read_manifest
     from eval.world_suite import run_world_suite, score_manifest
 
     listed = model if model.is_file() else model / "manifest.jsonl"
     if listed.is_file() and not (model / "model.yaml").is_file():
-        manifest = read_manifest(listed)
+        manifest = _read(listed)
         count = min(settings.num, len(manifest.rows))
         with tqdm(total=count, unit="clip") as bar:
             return score_manifest(manifest, num=count, progress=_shown_on(bar))
@@ -142,7 +161,6 @@ def _vae_suite(
 ) -> dict[str, Any]:
     from tqdm import tqdm
 
-    from data.manifest import read_manifest
     from eval.vae_suite import read_clips, run_vae_suite
     from eval.world_suite import eval_scenes, real_clips
     from sample.model import load_model
@@ -158,7 +176,7 @@ def _vae_suite(
     if listed is None:
         clips = real_clips(eval_scenes(settings, fps=info.fps, **size)[0])
     else:
-        clips = read_clips(read_manifest(listed), num=settings.num, fps=info.fps, **size)
+        clips = read_clips(_read(listed), num=settings.num, fps=info.fps, **size)
     with tqdm(total=len(clips), unit="clip") as bar:
         results = run_vae_suite(model, clips, batch_size=settings.batch_size, progress=bar.update)
     if listed is None:

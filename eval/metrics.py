@@ -92,6 +92,24 @@ def proportion(outcomes: Sequence[bool] | np.ndarray, *, seed: int = 0) -> Estim
     return Estimate(right / num, *_quantiles(draws), num)
 
 
+def difference(first: Sequence[bool], second: Sequence[bool], *, seed: int = 0) -> Estimate:
+    """Share of the same clips that are right the first time, less the share the second time.
+
+    The interval is the bootstrap's over clips; where all clips differ alike it has no width, and the
+    exact bound of `proportion` is put around it.
+
+    Args:
+        first, second: one yes or no per clip, in the same order.
+        seed: of the resampling.
+    """
+    values = [float(a) - float(b) for a, b in zip(first, second, strict=True)]
+    estimate = mean_estimate(values, seed=seed)
+    if len(set(values)) != 1:
+        return estimate
+    value, margin = values[0], 1 - (_ALPHA / 2) ** (1 / len(values))
+    return Estimate(value, max(-1.0, value - margin), min(1.0, value + margin), len(values))
+
+
 def _same_shape(a: np.ndarray, b: np.ndarray) -> None:
     if a.shape != b.shape or a.ndim < 3:
         raise ValueError(

@@ -34,6 +34,17 @@ td small, .facts { color: #666; }
 """
 
 
+# What is drawn of a log, by words in its keys. Where the errors with the right and with shuffled
+# captions part, the text is being used; a falling loss does not show that.
+_CURVES = {
+    "loss": ("loss",),
+    "error of x_0 at t = .95, with right and shuffled captions": (
+        "x_0_error/t=0.95",
+        "x_0_error_shuffled/t=0.95",
+    ),
+}
+
+
 @dataclass(frozen=True)
 class ReportVideo:
     """A video on the page, and what stands under it."""
@@ -160,7 +171,7 @@ def write_report(
         title, intro: plain text.
         videos: .mp4 files in groups; a group's name stands above it.
         tables: in order; `eval.tables` makes them from results.
-        logs: name -> log.jsonl, drawn as loss curves; empty logs are left out.
+        logs: name -> log.jsonl, drawn as curves; empty logs are left out.
         picture: a .png to embed, such as the contact sheet.
         max_embedded_bytes: a larger video is linked to, not embedded.
     Returns:
@@ -181,10 +192,11 @@ def write_report(
         parts += [_table_html(table) for table in tables]
     curves = []
     for name, log in (logs or {}).items():
-        svg = curves_svg(read_log(log), title=name)
-        if svg is not None:
-            alt = html.escape(f"{name}: loss over training steps")
-            curves.append(f'<p><img alt="{alt}" src="{_data_url(svg, "image/svg+xml")}"></p>')
+        for what, wanted in _CURVES.items():
+            svg = curves_svg(read_log(log), title=f"{name}: {what}", wanted=wanted)
+            if svg is not None:
+                alt = html.escape(f"{name}: {what} over training steps")
+                curves.append(f'<p><img alt="{alt}" src="{_data_url(svg, "image/svg+xml")}"></p>')
     if curves:
         parts += ["<h2>Training</h2>", *curves]
     if picture is not None:

@@ -69,9 +69,16 @@ def score_table(results: Mapping[str, Any]) -> Table:
     if "height" in results:
         facts.append(f"{results['num_frames']} frames of {results['height']}x{results['width']}")
     facts += [f"{name} {value}" for name, value in results.get("sampling", {}).items()]
-    return Table(
-        f"{results['suite']} suite", head, rows, ", ".join(facts) + "; 95% bootstrap intervals"
-    )
+    if "avoided_captions" in results:
+        avoided = results["avoided_captions"]
+        facts.append(
+            f"none of {avoided:,} training captions among the prompts"
+            if avoided
+            else "prompts may be training captions (--avoid MANIFEST leaves those out)"
+        )
+    title = f"{results['suite']} suite" + (f", {results['split']}" if "split" in results else "")
+    intervals = "95% intervals, bootstrap (exact where all clips agree)"
+    return Table(title, head, rows, f"{', '.join(facts)}; {intervals}")
 
 
 def as_text(table: Table) -> str:

@@ -22,7 +22,7 @@ from data.video import read_clip, to_uint8, write_video
 from data.world import Scene, make_scene
 from data.world_captions import caption
 from data.world_render import render
-from eval.metrics import mean_estimate
+from eval.metrics import difference
 from eval.vae_suite import quality, reconstruct
 from eval.world_scores import ClipScore, chance, score_clip, summarise
 
@@ -74,7 +74,7 @@ class WorldRun:
 def eval_scenes(
     settings: WorldSettings, *, avoid: Collection[str] = (), **size: Any
 ) -> tuple[list[Scene], list[str]]:
-    """Scenes of a stream of their own, and a complete caption for each.
+    """Scenes of a stream of their own, and a complete caption for each, all different.
 
     The world's seed is derived from the evaluation's, so it is none that a dataset was made with.
 
@@ -88,6 +88,7 @@ def eval_scenes(
     world_seed = stream_seed(settings.seed, "eval", "scenes")
     scenes: list[Scene] = []
     prompts: list[str] = []
+    used: set[str] = set()
     for index in range(20 * settings.num):
         if len(scenes) == settings.num:
             break
@@ -95,14 +96,15 @@ def eval_scenes(
             level=settings.level, seed=world_seed, index=index, split=settings.split, **size
         )
         for text in _wordings(scene, settings.seed, index):
-            if text not in avoid:
+            if text not in avoid and text not in used:
+                used.add(text)
                 scenes.append(scene)
                 prompts.append(text)
                 break
     if len(scenes) < settings.num:
         raise ValueError(
-            f"found {len(scenes)} of {settings.num} prompts outside the {len(avoid)} to avoid; "
-            f"use a smaller num or a higher level"
+            f"found {len(scenes)} of {settings.num} different prompts outside the {len(avoid)} to "
+            f"avoid; use a smaller num or a higher level"
         )
     return scenes, prompts
 
@@ -198,7 +200,7 @@ def run_world_suite(
     figures = {column: summarise(rows) for column, rows in scores.items()}
     figures["vae"].update(quality(real, restored))
     # Both columns show the same scenes, so the difference is taken clip by clip.
-    drop = mean_estimate([float(a.joint) - b.joint for a, b in zip(scores["real"], scores["vae"])])
+    drop = difference(*([clip.joint for clip in scores[column]] for column in ("real", "vae")))
     results = {
         "suite": "world",
         "level": settings.level,
@@ -251,7 +253,13 @@ def score_manifest(
                 f"{manifest.path}, line {line}: no `state`; only clips of the procedural world, "
                 f"made by `zoetrope data world`, can be scored against it"
             )
-        scene = Scene.from_state(state)
+        try:
+            scene = Scene.from_state(state)
+        except (TypeError, ValueError, KeyError, IndexError) as error:
+            raise ValueError(
+                f"{manifest.path}, line {line}: its `state` is not one that `zoetrope data world` "
+                f"wrote ({error})"
+            ) from None
         scores.append(score_clip(_read(manifest.locate(row), scene), scene, exact=True))
         if progress is not None:
             progress("clips", 1)

@@ -24,7 +24,7 @@ def read_prompts(path: Path) -> list[str]:
             f"{path}: no such file; --prompts takes a text file, a prompt a line"
         )
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text; expected a prompt a line") from error
     prompts = [line for line in lines if line and not line.startswith("#")]
@@ -54,15 +54,12 @@ def write_gif(path: Path, frames, fps: float) -> None:  # noqa: ANN001 (numpy, i
 
     pictures = [Image.fromarray(frame) for frame in frames]
     aside = path.with_name(f".{path.name}.partial")
-    pictures[0].save(
-        aside,
-        format="GIF",
-        save_all=True,
-        append_images=pictures[1:],
-        duration=round(1000 / fps),
-        loop=0,
-    )
-    os.replace(aside, path)
+    options = {"append_images": pictures[1:], "duration": round(1000 / fps), "loop": 0}
+    try:
+        pictures[0].save(aside, format="GIF", save_all=True, **options)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _advance(bar: "tqdm[Any]", count: int, step: int) -> None:
@@ -105,6 +102,8 @@ def sample(
         raise ValueError(f"--batch-size {batch_size}: use 1 or more")
     if sheet is not None and sheet.suffix != ".png":
         raise ValueError(f"--sheet {sheet}: expected a .png")
+    if output.is_dir() or (sheet is not None and sheet.is_dir()):
+        raise ValueError(f"{output if output.is_dir() else sheet}: is a folder; give a file name")
     texts = [prompt] if prompt is not None else read_prompts(prompts)  # type: ignore[arg-type]
     texts = [text for text in texts for _ in range(num)]
     paths = output_paths(output, len(texts))

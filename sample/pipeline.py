@@ -22,6 +22,8 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
         ValueError: torch knows no such device, or this machine has none.
     """
     try:
+        if name is not None and torch.device(name).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not a device to compute on")
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -137,4 +139,10 @@ class TextToVideo:
                 progress=None if progress is None else lambda step, _: progress(step),
             )
             video = self.vae.decode(latents)
-        return video.float().clamp(-1, 1).cpu()
+        video = video.float()
+        if not torch.isfinite(video).all():
+            raise ValueError(
+                "the sampled video has values that are not finite; use another guidance or sampler, "
+                "or check the model's weights"
+            )
+        return video.clamp(-1, 1).cpu()

@@ -77,8 +77,11 @@ def contact_sheet(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    sheet.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    try:
+        sheet.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -31,6 +33,17 @@ from torch.optim import Optimizer
 from train.distributed import Ranks
 from train.ema import EMA
 
+# What reading a checkpoint raises when a file of it is missing, empty, cut short or overwritten.
+_DAMAGES = (
+    CheckpointException,
+    AssertionError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -67,8 +80,27 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint."""
-    return json.loads((path / "state.json").read_text())
+    """The state.json of a checkpoint.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        sound = isinstance(state, dict) and isinstance(state["config"], dict)
+    except (OSError, ValueError, KeyError):
+        sound = False
+    if not sound:
+        raise damaged(path)
+    return state
+
+
+def damaged(path: Path) -> ValueError:
+    """What to say of a checkpoint that cannot be read."""
+    return ValueError(
+        f"checkpoint {path} is damaged; delete that folder, and the same command goes on from the "
+        "one before it"
+    )
 
 
 def save_checkpoint(
@@ -100,8 +132,15 @@ def save_checkpoint(
 
 @torch.no_grad()
 def load_checkpoint(path: Path, state: TrainState, ranks: Ranks) -> None:
-    """Restores weights, EMA and optimizer, bit for bit. Every rank calls it."""
+    """Restores weights, EMA and optimizer, bit for bit. Every rank calls it.
+
+    Raises:
+        ValueError: a file of it is missing or cut short.
+    """
     tensors = state.tensors()
-    with _quiet():
-        load(tensors, checkpoint_id=path, no_dist=ranks.mesh is None)
+    try:
+        with _quiet():
+            load(tensors, checkpoint_id=path, no_dist=ranks.mesh is None)
+    except _DAMAGES as error:
+        raise damaged(path) from error
     set_optimizer_state_dict(state.recipe, state.optimizer, tensors["optimizer"])

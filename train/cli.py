@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from data.cli import app as data_app
 from eval.cli import evaluate
 from sample.cli import sample
+
+# click's UsageError; newer versions of typer carry a click of their own, so it is not to be imported.
+_USAGE_ERROR: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     name="zoetrope",
@@ -69,14 +74,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # that never spin cost a third of the speed of small models (docs/benchmarks.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    if threading.current_thread() is threading.main_thread():
+        # As Ctrl-C: files are closed and worker processes stopped. Training sets a handler of its own.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     command = typer.main.get_command(app)
     try:
-        command.main(args=arguments, prog_name="zoetrope")
-    except (ValueError, OSError) as error:
-        if os.environ.get("ZOETROPE_TRACEBACK") == "1":
+        code = command.main(args=arguments, prog_name="zoetrope", standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(128 + signal.SIGINT)
+    except _USAGE_ERROR as error:
+        message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
+        if not message:  # no arguments at all: the help is the answer
+            print(error.ctx.get_help())
+            sys.exit(2)
+        see = f"; {error.ctx.command_path} --help shows what there is" if error.ctx else ""
+        _complain(ValueError(f"{message}{see}"))
+        sys.exit(2)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        known = not isinstance(error, RuntimeError) or _is_resource_error(error)
+        if not known or os.environ.get("ZOETROPE_TRACEBACK") == "1":
             raise
         _complain(error)
         sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_resource_error(error: RuntimeError) -> bool:
+    """Whether the machine, not the program, is at fault."""
+    signs = ("out of memory", "can't allocate memory", "DataLoader worker", "PytorchStreamWriter")
+    return any(sign in str(error) for sign in signs)
 
 
 def _complain(error: Exception) -> None:
@@ -88,6 +114,10 @@ def _complain(error: Exception) -> None:
         text = f"{error.filename}{' does not exist' if missing else f': {error.strerror}'}"
     else:
         text = str(error) or type(error).__name__
+    if isinstance(
+        error, (MemoryError, RuntimeError)
+    ):  # their texts are long and of torch's insides
+        text = f"{text.splitlines()[0]}; use smaller sizes, smaller batches or fewer workers"
     if text.startswith("Caught "):  # in a data loading worker: its traceback, the message last
         text = text.strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
     for line in text.splitlines():

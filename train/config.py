@@ -26,13 +26,15 @@ from dit.text import TextConfig
 from dit.transformer import DiTConfig
 from dit.vae import VAEConfig
 
+# Pixels: H.264, in which samples are written, shares its chroma among two rows and two columns.
+PositiveEven = Annotated[int, Field(gt=0, multiple_of=2)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """Unknown keys are errors, and nothing changes after reading."""
+    """Unknown keys are errors, numbers are finite, and nothing changes after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -41,9 +43,9 @@ class DataConfig(Section):
     manifest: Path
     validation: Path | None = None  # for figures and samples; else training clips serve
     num_frames: PositiveInt
-    height: PositiveInt
-    width: PositiveInt
-    fps: PositiveFloat
+    height: PositiveEven
+    width: PositiveEven
+    fps: Annotated[float, Field(gt=0, le=1000)]
     num_workers: NonNegativeInt = 0  # loader processes per rank; 0 is quickest for cached latents
     backend: Literal["auto", "decord", "pyav"] = "auto"  # decoder; auto: decord where it can read
     random_start: bool = True  # draw where in a longer file a clip lies; false: at its start, and

@@ -31,8 +31,13 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"config {path} does not exist")
-    values = _parse(path.read_text(), str(path))
+        what = "is a folder; give a YAML file" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"config {path} {what}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text; expected a config in YAML") from None
+    values = _parse(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values, got {type(values).__name__}")
     for override in overrides:

@@ -18,7 +18,7 @@ PROMPT_SEED = 2_000  # of the scenes shown on the page; scores use eval's own se
 
 @dataclass(frozen=True)
 class Size:
-    """How large a demo is; minutes are measured on two CPU cores (docs/benchmarks.md)."""
+    """How large a demo is; minutes are measured on two CPU cores."""
 
     out: Path
     vae: Path
@@ -55,7 +55,7 @@ def run(*command: str) -> None:
     """One step's command, shown as it could be typed.
 
     Raises:
-        SystemExit: it failed; with its exit code, its own message standing above.
+        SystemExit: it failed, with its exit code, or was interrupted; its own message stands above.
     """
     print(f"$ {shlex.join(command)}", flush=True)
     executable = Path(sys.executable).with_name(command[0])
@@ -64,10 +64,8 @@ def run(*command: str) -> None:
         code = process.wait()
     except KeyboardInterrupt:  # the command got it too, and writes a checkpoint before it ends
         process.wait()
-        print("\ndemo: interrupted; make demo goes on from here")
         raise SystemExit(130) from None
     if code != 0:
-        print(f"demo: that command failed with exit code {code}; make demo goes on from here")
         raise SystemExit(code if code > 0 else 128 - code)
 
 
@@ -184,14 +182,26 @@ def main(name: str = "world") -> None:
     )
     for i, (title, step) in enumerate(steps):
         left = sum(size.minutes[i:])
-        print(f"\n[{i + 1}/{len(steps)}] {title} (about {left:.0f} min to go)", flush=True)
-        step()
+        to_go = f"about {left:.0f} min to go" if left >= 1 else "less than a minute to go"
+        print(f"\n[{i + 1}/{len(steps)}] {title} ({to_go})", flush=True)
+        try:
+            step()
+        except SystemExit as end:
+            again = "make demo" if name == "world" else f"make demo DEMO={name}"
+            what = "interrupted" if end.code == 130 else f"that failed with exit code {end.code}"
+            print(f"\ndemo: {what}; {again} goes on from here")
+            raise
     out = size.out.resolve()
     print(f"\nDone in {(time.monotonic() - begun) / 60:.1f} min.")
     print(f"  videos, curves, scores: {out / 'report.html'}")
     print(f"  one picture:            {out / 'contact-sheet.png'}")
-    print(f'  your own prompt:        .venv/bin/zoetrope sample {size.out / "model"} "a red circle')
-    print('                          moving left on a blue background" -o out.mp4')
+    prompt = '"a red circle moving left on a blue background"'
+    model, video = size.out / "model", size.out / "mine.mp4"
+    print(f"  your own prompt:        .venv/bin/zoetrope sample {model} {prompt} -o {video}")
+    if name != "world":
+        print(
+            "So short a training gives noise and scores near zero; plain make demo trains in earnest."
+        )
 
 
 if __name__ == "__main__":

@@ -97,15 +97,16 @@ def start(device_name: str, threads: int | str) -> Ranks:
 
 
 def _num_threads(threads: int | str) -> int:
-    """Shares the cores among the local ranks, unless a number was given, in the config or (outside
-    torchrun, which sets it to 1 for everybody) as OMP_NUM_THREADS."""
+    """Shares the cores among the local ranks, unless a number was given, in the config or (with one
+    local rank: for several, torchrun sets it to 1 itself) as OMP_NUM_THREADS."""
     if threads != "auto":
         return int(threads)
-    if "LOCAL_WORLD_SIZE" not in os.environ and "OMP_NUM_THREADS" in os.environ:
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if num_local == 1 and "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
     has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores // num_local)
 
 
 def stop() -> None:

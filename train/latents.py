@@ -12,11 +12,13 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -132,7 +134,10 @@ class LatentCache:
     def _check_or_start(self, fingerprint: dict[str, str]) -> None:
         index = self.folder / "index.json"
         if index.is_file():
-            found = json.loads(index.read_text())["fingerprint"]
+            try:
+                found = dict(json.loads(index.read_text(encoding="utf-8"))["fingerprint"])
+            except (ValueError, KeyError, TypeError):
+                raise self._damaged(index) from None
             for part, expected in fingerprint.items():
                 if found.get(part) != expected:
                     raise ValueError(
@@ -193,10 +198,35 @@ class LatentCache:
         """Rows that could not be read, with the reason; known once the cache is built."""
         found: dict[int, str] = {}
         for index in range(self.num_shards):
-            with safe_open(self.shard(index), "pt") as file:
+            with self._reading(index), safe_open(self.shard(index), "pt") as file:
                 reasons = json.loads((file.metadata() or {}).get("bad", "{}"))
             found.update({int(row): reason for row, reason in reasons.items()})
         return found
+
+    def load(self, index: int) -> dict[str, Tensor]:
+        """A shard: mean and std (n c f h w), and the rows (n,) they belong to.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        with self._reading(index):
+            tensors = load_file(self.shard(index))
+            lengths = [len(tensors[name]) for name in ("mean", "std", "rows")]
+            with safe_open(self.shard(index), "pt") as file:
+                num_bad = len(json.loads((file.metadata() or {}).get("bad", "{}")))
+            if lengths != [len(self._rows_of(index)) - num_bad] * 3:
+                raise ValueError(f"{lengths} latents")
+        return tensors
+
+    @contextmanager
+    def _reading(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise self._damaged(self.shard(index)) from error
+
+    def _damaged(self, path: Path) -> ValueError:
+        return ValueError(f"latent cache: {path} is damaged; delete {self.folder}, it is made anew")
 
 
 class CachedLatents(Dataset[Any]):
@@ -223,7 +253,7 @@ class CachedLatents(Dataset[Any]):
                 f"{share:.3f}, more than data.max_bad_share={max_bad_share}; run "
                 f"`zoetrope data check {cache.manifest.path}`"
             )
-        self._shards = [load_file(cache.shard(i)) for i in range(cache.num_shards)]
+        self._shards = [cache.load(i) for i in range(cache.num_shards)]
         self._places = [
             (shard, place, row)
             for shard, tensors in enumerate(self._shards)

@@ -26,13 +26,16 @@ TIME_FIELDS = ("seconds", "samples_per_second", "data_wait_share")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Rows of a log.jsonl; a last line that was cut off while being written is left out."""
+    """Rows of a log.jsonl; lines that are none, such as one cut off in writing, are left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            break
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 

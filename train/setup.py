@@ -33,14 +33,17 @@ _log = logging.getLogger(__name__)
 
 
 def open_data(config: RunConfig) -> TrainData:
-    """The run's manifests, validated; rows that cannot be used are logged."""
+    """The run's manifests, validated; rows that cannot be used are logged.
+
+    Raises:
+        ValueError: they are more than data.max_bad_share.
+    """
     train = read_manifest(config.data.manifest)
     validation = train
     if config.data.validation is not None:
         validation = read_manifest(config.data.validation)
     for manifest in {id(m): m for m in (train, validation)}.values():
-        for line, reason in manifest.bad:
-            _log.warning("%s:%d left out: %s", manifest.path, line, reason)
+        manifest.warn_of_bad_rows(config.data.max_bad_share)
     return TrainData(train, validation)
 
 
@@ -72,6 +75,8 @@ def compile_blocks(recipe: Recipe, *, optional: bool) -> None:
     Raises:
         ValueError: torch.compile does not work on this machine, and was asked for.
     """
+    if recipe.ranks.device.type == "cpu":  # it warns of a CUDA toolkit without a GPU
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     probe = torch.ones(8, device=next(recipe.parameters()).device)
     try:
         torch.compile(lambda x: x * 2 + 1)(probe)
@@ -213,9 +218,10 @@ def describe_run(config: RunConfig, state: TrainState, ranks: Ranks, start_step:
     """The line that opens a run."""
     train = config.train
     micro = micro_batch_size(train.batch_size, train.grad_accum, ranks.world_size)
+    resumed = "resumed, " if start_step else ""
     return (
         f"{config.out}: {sum(p.numel() for p in state.trained.values()):,} parameters, "
-        f"steps {start_step} to {train.steps}, batch {train.batch_size} = {ranks.world_size} "
+        f"{resumed}steps {start_step} to {train.steps}, batch {train.batch_size} = {ranks.world_size} "
         f"processes x {train.grad_accum} x {micro}, {train.dtype} on {ranks.device.type}, "
         f"{torch.get_num_threads()} threads each"
     )

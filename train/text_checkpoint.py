@@ -60,8 +60,10 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from None
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}); expected the weights "
+            "of a CLIP model from open_clip as .safetensors, or as .pt or .bin of tensors alone"
+        ) from None
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{path} does not hold a dict of tensors")

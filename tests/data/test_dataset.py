@@ -183,7 +183,9 @@ def test_bad_files_are_counted_and_logged_once(caplog):
     ]
     assert bad.counts == {"a.mp4": 3, "b.mp4": 1}
     assert bad.share == pytest.approx(0.2)
-    with pytest.raises(ValueError, match=r"3 of the clips .* 0.300, more than max_bad_share=0.2"):
+    with pytest.raises(
+        ValueError, match=r"3 of the clips .* 0.300, more than data.max_bad_share=0.2"
+    ):
         bad.add([("c.mp4", "cut off")])
 
 
@@ -198,7 +200,7 @@ def test_a_share_is_judged_over_enough_files():
 
 
 def test_no_bad_file_at_all():
-    with pytest.raises(ValueError, match="more than max_bad_share=0"):
+    with pytest.raises(ValueError, match=r"more than data\.max_bad_share=0"):
         BadFiles(num_files=5, max_bad_share=0).add([("a.mp4", "x")])
     BadFiles(num_files=5, max_bad_share=1).add([(f"{k}", "x") for k in range(5)])
     with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):

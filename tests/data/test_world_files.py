@@ -1,8 +1,12 @@
 """The `world` command end to end: real files, resumption, the same bytes from any worker."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import av
 import numpy as np
@@ -161,3 +165,23 @@ def test_sizes_are_height_first(text, size):
 def test_rendering_needs_no_torch():
     code = "import sys, data.world_files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_ctrl_c_is_one_line_and_the_same_call_goes_on(tmp_path):
+    # Workers get the signal too, as on a terminal, here while they are still starting.
+    zoetrope = Path(sys.executable).with_name("zoetrope")
+    command = [str(zoetrope), "data", "world", str(tmp_path / "w")]
+    command += ["--clips", "600", "--seed", "1", "--workers", "2"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (tmp_path / "w" / "world.json").exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, out + err
+    assert "Traceback" not in err
+    assert not (tmp_path / "w" / "manifest.jsonl").exists()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert len((tmp_path / "w" / "manifest.jsonl").read_text().splitlines()) == 600

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from eval.metrics import mean_estimate, proportion, psnr, ssim
+from eval.metrics import difference, mean_estimate, proportion, psnr, ssim
 
 
 def pictures(seed, noise, shape=(3, 24, 30, 3)):
@@ -68,6 +68,15 @@ def test_more_clips_make_a_narrower_interval():
     few, many = proportion([True, False] * 25), proportion([True, False] * 450)
     assert few.value == many.value == 0.5
     assert many.high - many.low == pytest.approx((few.high - few.low) / math.sqrt(18), rel=0.15)
+
+
+def test_a_difference_that_all_clips_share_is_not_certain_either():
+    same = difference([True] * 300, [True] * 300)
+    assert same.value == 0
+    assert -0.02 < same.low < 0 < same.high < 0.02
+    mixed = difference([True] * 10, [True] * 5 + [False] * 5)
+    assert mixed.value == 0.5
+    assert 0 < mixed.low < 0.5 < mixed.high < 1
 
 
 def test_unanimous_outcomes_are_not_certain():

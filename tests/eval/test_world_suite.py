@@ -121,12 +121,17 @@ def test_prompts_to_avoid_are_avoided():
     assert not avoid & set(others)
 
 
+def test_no_prompt_is_asked_twice():
+    _, prompts = eval_scenes(WorldSettings(num=300), **SIZE)
+    assert len(set(prompts)) == 300
+
+
 def test_too_many_prompts_to_avoid_is_one_clear_line():
     class Everything(set):
         def __contains__(self, _):
             return True
 
-    with pytest.raises(ValueError, match="found 0 of 2 prompts"):
+    with pytest.raises(ValueError, match="found 0 of 2 different prompts"):
         eval_scenes(WorldSettings(num=2), avoid=Everything(), **SIZE)
 
 
