@@ -18,7 +18,7 @@ import numpy as np
 
 from data.manifest import Manifest
 from data.randomness import numpy_generator, stream_seed
-from data.video import read_clip, to_uint8, write_video
+from data.video import VideoReadError, read_clip, to_uint8, write_video
 from data.world import Scene, make_scene
 from data.world_captions import caption
 from data.world_render import render
@@ -255,12 +255,14 @@ def score_manifest(
             )
         try:
             scene = Scene.from_state(state)
+            scores.append(score_clip(_read(manifest.locate(row), scene), scene, exact=True))
+        except VideoReadError:
+            raise
         except (TypeError, ValueError, KeyError, IndexError) as error:
             raise ValueError(
                 f"{manifest.path}, line {line}: its `state` is not one that `zoetrope data world` "
                 f"wrote ({error})"
             ) from None
-        scores.append(score_clip(_read(manifest.locate(row), scene), scene, exact=True))
         if progress is not None:
             progress("clips", 1)
     figures = {name: e.to_json() for name, e in summarise(scores).items()}

@@ -77,6 +77,9 @@ def test_a_folder_of_videos_is_scored_without_a_model(world, as_folder):
         (["--sampler", "ddim"], ValueError, "does not suit"),
         (["--clips", "x.jsonl"], ValueError, "--suite vae"),
         (["-o", "no/such/folder/x.json"], FileNotFoundError, "no such folder"),
+        (["-o", "/"], ValueError, "is a folder"),
+        (["--device", "meta"], ValueError, "device=meta cannot be used"),
+        (["--guidance", "nan"], ValueError, "not finite"),
     ],
 )
 def test_mistakes_are_one_line(folder, options, error, message):
@@ -84,6 +87,26 @@ def test_mistakes_are_one_line(folder, options, error, message):
     assert isinstance(result.exception, error)
     assert message in str(result.exception)
     assert "\n" not in str(result.exception)
+
+
+def test_rows_that_cannot_be_scored_are_named(world, caplog):
+    manifest = world.with_name("partly.jsonl")
+    manifest.write_text(world.read_text() + '{"path": "x.mp4"}\n')
+    result = run(manifest, "--num", 6)
+    manifest.unlink()
+    assert result.exit_code == 0
+    assert "partly.jsonl:6 left out" in caplog.text
+
+
+def test_a_state_of_something_else_is_named(world):
+    manifest = world.with_name("other.jsonl")
+    row = json.loads(world.read_text().splitlines()[0])
+    row["state"]["height"] = "a"
+    manifest.write_text(json.dumps(row) + "\n")
+    result = run(manifest)
+    manifest.unlink()
+    assert isinstance(result.exception, ValueError)
+    assert "other.jsonl, line 1: its `state` is not one" in str(result.exception)
 
 
 def test_a_missing_model_is_named(tmp_path):

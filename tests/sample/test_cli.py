@@ -34,7 +34,9 @@ def test_one_prompt(folder, tmp_path):
 
 
 def test_a_file_of_prompts_with_every_option(folder, tmp_path):
-    (tmp_path / "prompts.txt").write_text("# a comment\na red circle\n\na blue square\n")
+    (tmp_path / "prompts.txt").write_text(
+        "# a comment\na red circle\n\na blue square\n", encoding="utf-8-sig"
+    )
     options = (
         "--prompts prompts.txt -o out.mp4 --num 2 --frames 9 --size 16x24 --steps 2 --guidance 3 "
         "--sampler heun --shift 1 --seed 4 --negative blurry --batch-size 3 --gif --sheet sheet.png "

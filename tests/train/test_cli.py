@@ -132,3 +132,85 @@ def test_wrong_usage_exits_2(capsys):
     code, _, err = run(capsys, "train")
     assert code == 2
     assert "config" in err.lower()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("foo",), "No such command 'foo'"),
+        (("train",), "zoetrope train --help"),
+        (("sample", "m", "x", "--steps", "abc"), "--steps"),
+        (("sample", "m", "x", "--stpes", "3"), "--steps"),
+        (("eval", "m", "--suite", "foo"), "'world', 'vae'"),
+    ],
+)
+def test_wrong_usage_is_one_line(capsys, arguments, expected):
+    code, _, err = run(capsys, *arguments)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert err.startswith("zoetrope: error: ")
+    assert expected in err
+
+
+def test_no_arguments_show_the_help(capsys):
+    code, out, err = run(capsys)
+    assert (code, err) == (2, "")
+    assert "sample" in out
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError("Unable to allocate 9 TiB"), "Unable to allocate 9 TiB; use smaller sizes"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: x\nmore"), "can't allocate"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "DataLoader worker"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys, tmp_path, error, expected):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("train.config_file.load_config", fail)
+    code, _, err = run(capsys, "train", tmp_path / "none.yaml")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert expected in err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
+    def fail(*arguments):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("train.config_file.load_config", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main(["train", str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.fps=2000", "data.fps: got 2000"),
+        ("data.fps=.inf", "data.fps: got inf"),
+        ("data.height=33", "data.height: got 33, expected a multiple of 2"),
+        ("data.memory_gb=.inf", "data.memory_gb: got inf"),
+        ("train.optimizer.lr=.nan", "lr: got nan"),
+        ("logging.guidance=.nan", "logging.guidance: got nan"),
+        ("recipe.objective.logit_mean=.inf", "logit_mean: got inf"),
+    ],
+)
+def test_numbers_that_would_only_fail_later(room, tmp_path, capsys, override, expected):
+    code, _, err = run(capsys, "train", room.write(tmp_path / "run", "dit"), override)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert expected in err
+
+
+def test_too_many_rows_without_a_caption(room, tmp_path, capsys, caplog):
+    rows = (room.folder / "train" / "manifest.jsonl").read_text().splitlines()
+    bad = ['{"path": "x.mp4"}'] * 30
+    manifest = room.folder / "train" / "half.jsonl"
+    manifest.write_text("\n".join([*rows, *bad]) + "\n")
+    config = room.write(tmp_path / "run", "dit")
+    code, _, err = run(capsys, "train", config, f"data.manifest={manifest}")
+    manifest.unlink()
+    assert code == 2
+    assert f"30 of the {len(rows) + 30} rows" in err
+    assert "data.max_bad_share" in err
+    assert len(caplog.messages) == 21  # twenty of them by line, and how many there are

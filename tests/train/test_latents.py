@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data.dataset import ClipDataset
 from data.manifest import read_manifest
@@ -134,3 +135,25 @@ def test_unreadable_clips_are_left_out_and_counted(data, vae, clips, tmp_path):
     assert len(CachedLatents(cache, 0, max_bad_share=0.1)) == 11
     with pytest.raises(ValueError, match=r"1 of 12 clips cannot be read, a share of 0\.083"):
         CachedLatents(cache, 0, max_bad_share=0.05)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "fewer", "no rows", "index", "empty index"])
+def test_damaged_cache_is_named(data, vae, tmp_path, damage):
+    cache = make(data, vae, tmp_path / "cache")
+    shard, index = cache.shard(0), tmp_path / "cache" / "index.json"
+    whole = load_file(shard)
+    match damage:
+        case "cut":
+            shard.write_bytes(shard.read_bytes()[:-100])
+        case "empty":
+            shard.write_bytes(b"")
+        case "fewer":
+            save_file({name: tensor[:2].clone() for name, tensor in whole.items()}, shard)
+        case "no rows":
+            save_file({"mean": whole["mean"], "std": whole["std"]}, shard)
+        case "index":
+            index.write_text("[]")
+        case "empty index":
+            index.write_text("")
+    with pytest.raises(ValueError, match="is damaged; delete"):
+        CachedLatents(make(data, vae, tmp_path / "cache"), seed=3, max_bad_share=0.0)

@@ -180,6 +180,34 @@ def test_only_the_last_checkpoints_stay(room, tmp_path):
     assert not list((out / "checkpoints").glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("state.json", b""),
+        ("state.json", b"[]"),
+        ("state.json", b'{"step": 12, "config": 3}'),
+        (".metadata", b""),
+        (".metadata", None),
+        ("__0_0.distcp", b"cut short"),
+        ("__0_0.distcp", None),
+    ],
+)
+def test_damaged_checkpoint_is_named(room, tmp_path, name, content):
+    steps = {"train": {"checkpoint_interval": 6}}
+    out = room.train(tmp_path / "run", "vae", **steps)
+    last = out / "checkpoints" / "step-00000012"
+    assert (last / name).exists()
+    (last / name).unlink()
+    if content is not None:
+        (last / name).write_bytes(content)
+    with pytest.raises(ValueError, match="step-00000012 is damaged; delete that folder") as caught:
+        room.train(out, "vae", **steps)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(last)
+    room.train(out, "vae", **steps)
+    assert list_checkpoints(out / "checkpoints")[-1][0] == 12
+
+
 def test_half_written_checkpoint_and_log_line_are_ignored(room, tmp_path):
     whole = room.train(tmp_path / "whole", "vae", train={"checkpoint_interval": 6})
     out = tmp_path / "run"
@@ -188,7 +216,7 @@ def test_half_written_checkpoint_and_log_line_are_ignored(room, tmp_path):
     shutil.rmtree(out / "checkpoints" / "step-00000012")
     (out / "checkpoints" / ".step-00000009.partial").mkdir()
     log = (out / "log.jsonl").read_text()
-    (out / "log.jsonl").write_text(log + '{"step": 15, "loss": 0.')
+    (out / "log.jsonl").write_text('[1]\n{"loss": 1}\n' + log + '{"step": 15, "loss": 0.')
     room.train(out, "vae", train={"checkpoint_interval": 6})
     assert rows(out) == rows(whole)
     assert not (out / "checkpoints" / ".step-00000009.partial").exists()
