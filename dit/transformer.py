@@ -7,18 +7,26 @@ An image is the clip with f = 1; there is no second code path.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 from timm.layers.activations import GELUTanh
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
-# Fused attention wins once the score matrix no longer fits a CPU's cache; below that its backward
-# pass is slower than two plain matmuls (docs/benchmarks.md).
-CPU_PLAIN_ATTENTION_TOKENS = 512
+from dit.attention import Backend, Segments
+from dit.layers import (
+    Attention,
+    KeysValues,
+    gated_add,
+    modulate,
+    rotary_table,
+    timestep_embedding,
+)
+from dit.packing import from_patches, grid_positions, num_patches, pack, to_patches
+from dit.reuse import FeatureReuse
 
 
 class DiTConfig(BaseModel):
@@ -50,105 +58,34 @@ class DiTConfig(BaseModel):
             raise ValueError(f"freq_dim={self.freq_dim} must be even (sine and cosine halves)")
         return self
 
+    def num_flops(self, num_tokens: int, num_context: int, num_levels: int = 1) -> int:
+        """Multiplications and additions in the matrix products of one clip's forward pass.
 
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoids of 1000 * t, cosines first (Vaswani et al. 2017, section 3.5).
+        A product of (n, k) and (k, l) matrices takes 2 n k l. With d = dim, n tokens, m text states:
 
-    Args:
-        t: noise levels in [0, 1], any shape.
-        dim: even number of features.
-    Returns:
-        float32, shape of t plus (dim,).
-    """
-    frequencies = torch.exp(
-        -math.log(10_000.0) / (dim // 2) * torch.arange(dim // 2, device=t.device)
-    )
-    angles = 1000.0 * t.float()[..., None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+            a block     q, k, v and out of self-attention     4 * 2 n d d
+                        its scores, and their sums of values  2 * 2 n n d
+                        q and out of cross-attention          2 * 2 n d d
+                        k and v of the text                   2 * 2 m d d
+                        scores, and sums of values            2 * 2 n m d
+                        the two layers of the MLP             2 * 2 n d mlp_dim
+            around it   patches in and out                    2 * 2 n d p, p values in a patch
+                        the text's two layers                 2 m (context_dim + d) d
+                        the time's three, per noise level     2 (freq_dim + d + 6 d) d
 
+        A training step takes three times as many: the backward pass has two products for each.
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for 3D rotary positions (Su et al. 2021, eq. 34, one axis per share).
-
-    Height and width take 2 * (head_dim // 6) features each, time the rest, as in Wan.
-
-    Args:
-        positions: (..., n, 3), the frame, row and column of each token; may be fractional.
-    Returns:
-        cos and sin, each float32 (..., n, head_dim / 2).
-    """
-    side = 2 * (head_dim // 6)
-    angles = []
-    for axis, dim in enumerate((head_dim - 2 * side, side, side)):
-        exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
-        angles.append(positions[..., axis, None].double() * theta**-exponents)
-    table = torch.cat(angles, dim=-1)
-    return table.cos().float(), table.sin().float()
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates neighbouring feature pairs of x (b heads n d) by the table's angles (n d/2)."""
-    cos, sin = (table.to(x.dtype) for table in rotary)
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention of (b heads n d) tensors; mask (b 1 1 m) is True where a key may be seen."""
-    if q.device.type != "cpu" or k.shape[-2] > CPU_PLAIN_ATTENTION_TOKENS:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(dim=-1).to(v.dtype) @ v
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (b n d) times 1 + scale plus shift, both (b g d): token groups of n / g share a row."""
-    groups = x.unflatten(1, (shift.shape[1], -1))
-    return torch.addcmul(shift[:, :, None], groups, 1 + scale[:, :, None]).flatten(1, 2)
-
-
-def gated_add(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * update, with gate (b g d) shared by token groups as in `modulate`."""
-    groups = (tensor.unflatten(1, (gate.shape[1], -1)) for tensor in (x, update))
-    residual, update = groups
-    return torch.addcmul(residual, update, gate[:, :, None]).flatten(1, 2)
-
-
-class RMSNorm(nn.RMSNorm):
-    """torch's, with the gain in the input's dtype, without which there is no fused kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-class Attention(nn.Module):
-    """Multi-head attention with RMS-normalised q and k over the full width (Wan, section 4.2)."""
-
-    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
-        self.norm_q = RMSNorm(dim, eps=eps)
-        self.norm_k = RMSNorm(dim, eps=eps)
-
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor,
-        rotary: tuple[Tensor, Tensor] | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
-        q, k, v = (rearrange(y, "b n (k d) -> b k n d", k=self.num_heads) for y in (q, k, v))
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        y = attention(q.to(v.dtype), k.to(v.dtype), v, mask)
-        return self.out(rearrange(y, "b k n d -> b n (k d)"))
+        Args:
+            num_tokens: patches of the clip; num_context: text states, padding included.
+            num_levels: 1, or a clip's patches along time when each has a noise level of its own.
+        """
+        d, n, m = self.dim, num_tokens, num_context
+        patch = self.in_channels * math.prod(self.patch_size)
+        block = 12 * n * d * d + 4 * n * n * d + 4 * m * d * d + 4 * n * m * d
+        block += 4 * n * d * self.mlp_dim
+        text = 2 * m * (self.context_dim + d) * d
+        time = 2 * num_levels * (self.freq_dim + 7 * d) * d
+        return self.num_blocks * block + 4 * n * d * patch + text + time
 
 
 class Block(nn.Module):
@@ -170,16 +107,37 @@ class Block(nn.Module):
         x: Tensor,
         modulation: Tensor,
         rotary: tuple[Tensor, Tensor],
-        context: Tensor,
-        mask: Tensor,
+        context: Tensor | KeysValues,
+        mask: Tensor | Segments | None = None,
+        segments: Segments | None = None,
     ) -> Tensor:
-        """x (b n d), modulation (b g 6 d), context (b m d), mask (b 1 1 m) -> (b n d)."""
+        """Tokens in, tokens out, (b n d).
+
+        Args:
+            modulation: (b g 6 d), a row for each run of n / g tokens.
+            rotary: from `rotary_table`.
+            context: text (b m d), or its keys and values.
+            mask: which of the text a token sees, and segments: which tokens; as for `attention`.
+        """
         modulation = (self.modulation + modulation).to(x.dtype)
         shift_1, scale_1, gate_1, shift_3, scale_3, gate_3 = modulation.unbind(2)  # each (b g d)
         y = modulate(self.norm_1(x), shift_1, scale_1)
-        x = gated_add(x, self.self_attention(y, y, rotary), gate_1)
+        x = gated_add(x, self.self_attention(y, y, rotary, segments), gate_1)
         x = x + self.cross_attention(self.norm_2(x), context, mask=mask)
         return gated_add(x, self.mlp(modulate(self.norm_3(x), shift_3, scale_3)), gate_3)
+
+
+@dataclass(frozen=True)
+class PreparedContext:
+    """A text as the blocks' cross-attention sees it: the same at every step of a sampling."""
+
+    keys_values: tuple[KeysValues, ...]  # one per block
+    mask: Tensor | None  # (b 1 1 m); None where there is no padding
+
+    def rows(self, rows: Tensor | slice) -> "PreparedContext":
+        """That of some clips of the batch."""
+        pairs = tuple((k[rows], v[rows]) for k, v in self.keys_values)
+        return PreparedContext(pairs, None if self.mask is None else self.mask[rows])
 
 
 class DiT(nn.Module):
@@ -215,61 +173,173 @@ class DiT(nn.Module):
         for module in (self.time_projection[1], self.head):
             nn.init.zeros_(module.weight)  # type: ignore[arg-type]
 
+    def use_attention(self, backend: Backend) -> None:
+        """Chooses the kernel of every attention; see dit/attention.py."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
+
+    def prepare_context(
+        self, context: Tensor, context_mask: Tensor | None = None
+    ) -> PreparedContext:
+        """Does once what every step does to the text; `forward` takes the result as its context.
+
+        Args:
+            context: text states (b m context_dim).
+            context_mask: (b m), True where there is text; None where all of it is.
+        """
+        context = self.text_embedding(context.to(_dtype(self.text_embedding)))
+        pairs = []
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            pairs.append(block.cross_attention.keys_values(context))
+        mask = None if context_mask is None or context_mask.all() else context_mask[:, None, None]
+        return PreparedContext(tuple((k.contiguous(), v.contiguous()) for k, v in pairs), mask)
+
     def forward_tokens(
-        self, tokens: Tensor, positions: Tensor, t: Tensor, context: Tensor, context_mask: Tensor
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        t: Tensor,
+        context: Tensor | PreparedContext,
+        mask: Tensor | Segments | None = None,
+        segments: Segments | None = None,
+        reuse: FeatureReuse | None = None,
     ) -> Tensor:
         """One sequence of patches in, one out; everything a token is, it carries with it.
 
         Args:
             tokens: patches (b n p), p = in_channels * patch volume.
-            positions: (n, 3), frame, row and column of each token.
+            positions: (n 3) or (b n 3), frame, row and column of each token.
             t: noise levels in [0, 1], (b g): runs of n / g neighbouring tokens share one.
-            context: text states (b m context_dim).
-            context_mask: (b m), True where there is text.
+            context: text states (b m context_dim), or from `prepare_context`.
+            mask: which of the text a token sees: (b 1 1 m), or runs of tokens and of texts, or None
+                for all of it. A prepared context has its own.
+            segments: runs of tokens that see each other; None when all tokens do.
+            reuse: of this sampling run.
         Returns:
             (b n p).
         """
         config = self.config
-        time = self.time_embedding(timestep_embedding(t, config.freq_dim))  # (b g d)
-        modulation = self.time_projection(time).unflatten(-1, (6, config.dim))  # (b g 6 d)
+        time = timestep_embedding(t, config.freq_dim)
+        time = self.time_embedding(time.to(_dtype(self.time_embedding)))  # (b g d)
+        modulation = self.time_projection(time.to(_dtype(self.time_projection)))
+        modulation = modulation.unflatten(-1, (6, config.dim))  # (b g 6 d)
         rotary = rotary_table(positions, config.dim // config.num_heads, config.rope_theta)
-        context, mask = self.text_embedding(context), context_mask[:, None, None]
-        x = self.patch_embedding(tokens)  # (b n d)
-        for block in self.blocks:
-            x = block(x, modulation, rotary, context, mask)
+        if isinstance(context, Tensor):
+            context = self.text_embedding(context.to(_dtype(self.text_embedding)))
+        x = self.patch_embedding(tokens.to(_dtype(self.patch_embedding)))  # (b n d)
+        if reuse is None:
+            x = self._run(slice(None), x, modulation, rotary, context, mask, segments)
+        else:
+            assert segments is None
+            x = self._run_with_reuse(reuse, x, modulation, rotary, context, mask)
         shift, scale = (self.head_modulation + time[:, :, None]).to(x.dtype).unbind(2)
         return self.head(modulate(self.head_norm(x), shift, scale))
 
-    def forward(self, x_t: Tensor, t: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
+    def _run(
+        self,
+        which: slice,
+        x: Tensor,
+        modulation: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        context: Tensor | PreparedContext,
+        mask: Tensor | Segments | None = None,
+        segments: Segments | None = None,
+    ) -> Tensor:
+        """x (b n d) through some of the blocks; the rest is what they take."""
+        blocks = list(self.blocks)[which]
+        if isinstance(context, PreparedContext):
+            texts, mask = context.keys_values[which], context.mask
+        else:
+            texts = [context] * len(blocks)
+        for block, text in zip(blocks, texts):
+            x = block(x, modulation, rotary, text, mask, segments)
+        return x
+
+    def _run_with_reuse(
+        self,
+        reuse: FeatureReuse,
+        x: Tensor,
+        modulation: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        context: Tensor | PreparedContext,
+        mask: Tensor | Segments | None,
+    ) -> Tensor:
+        """x (b n d) through the first block, and through the others where `reuse` wants that."""
+        x_1 = self._run(slice(1), x, modulation, rotary, context, mask)
+
+        def others(rows: Tensor | None) -> Tensor:
+            if rows is None:
+                return self._run(slice(1, None), x_1, modulation, rotary, context, mask)
+            text = context[rows] if isinstance(context, Tensor) else context.rows(rows)
+            words = mask[rows] if isinstance(mask, Tensor) else None
+            return self._run(slice(1, None), x_1[rows], modulation[rows], rotary, text, words)
+
+        return reuse(x, x_1, others)
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        context: Tensor | PreparedContext,
+        context_mask: Tensor | None = None,
+        *,
+        reuse: FeatureReuse | None = None,
+    ) -> Tensor:
         """Prediction for noisy latents.
 
         Args:
             x_t: noisy latents (b c f h w).
             t: noise level in [0, 1], one per clip (b,) or one per latent frame (b f).
-            context: text states (b m context_dim).
-            context_mask: (b m), True where there is text; at least one True per clip.
+            context: text states (b m context_dim), or what `prepare_context` made of them.
+            context_mask: (b m), True where there is text, at least one True per clip; None where
+                all of it is. A prepared context has its own.
+            reuse: to leave out blocks at some steps of a sampling run; None runs all of them.
         Returns:
-            Like x_t.
+            Like x_t, in the dtype of the weights or of autocast.
         Raises:
             ValueError: x_t does not divide into patches, or t fits neither form.
         """
         b, _, f, h, w = x_t.shape
-        pf, ph, pw = self.config.patch_size
-        if f % pf or h % ph or w % pw:
-            raise ValueError(f"latents of {f}x{h}x{w} do not divide into patches of {pf}x{ph}x{pw}")
+        patch_size = self.config.patch_size
+        grid = num_patches((f, h, w), patch_size)
         if t.shape not in ((b,), (b, f)):
             raise ValueError(f"t has shape {tuple(t.shape)}; expected ({b},) or ({b}, {f})")
         # A patch of several frames takes the noise level of its first one.
-        t = t[:, None] if t.ndim == 1 else t[:, ::pf]
-        sizes = {"pf": pf, "ph": ph, "pw": pw}
-        grid = (torch.arange(size, device=x_t.device) for size in (f // pf, h // ph, w // pw))
-        positions = torch.cartesian_prod(*grid)
-        tokens = rearrange(x_t, "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", **sizes)
-        tokens = self.forward_tokens(tokens, positions, t, context, context_mask)
-        grid_shape = {"f": f // pf, "h": h // ph, "w": w // pw}
-        return rearrange(
-            tokens,
-            "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",
-            **sizes,
-            **grid_shape,
+        t = t[:, None] if t.ndim == 1 else t[:, :: patch_size[0]]
+        if isinstance(context, PreparedContext):
+            assert context_mask is None
+        mask = None if context_mask is None else context_mask[:, None, None]
+        tokens, positions = to_patches(x_t, patch_size), grid_positions(grid, x_t.device)
+        tokens = self.forward_tokens(tokens, positions, t, context, mask, reuse=reuse)
+        return from_patches(tokens, patch_size, grid)
+
+    def forward_packed(
+        self,
+        clips: Sequence[Tensor],
+        t: Sequence[Tensor] | Tensor,
+        contexts: Sequence[tuple[Tensor, Tensor | None]],
+    ) -> list[Tensor]:
+        """`forward` for clips of different sizes, in one row of tokens without padding.
+
+        Args:
+            clips: noisy latents, (c f h w) each.
+            t: noise levels in [0, 1], one () or one per latent frame (f,), for each clip.
+            contexts: text states (m context_dim) and context_mask (m,) or None, for each clip.
+        Returns:
+            The predictions, each like its clip.
+        Raises:
+            ValueError: other numbers of clips, t and contexts, latents that do not divide into
+                patches, t that fits neither form, or a clip without text.
+        """
+        row = pack(clips, t, contexts, self.config.patch_size)
+        tokens = self.forward_tokens(
+            row.tokens, row.positions, row.t, row.context, row.context_segments, row.segments
         )
+        return row.unpack(tokens, self.config.patch_size)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """Of the weights: networks in bfloat16 run without autocast too."""
+    return next(module.parameters()).dtype

@@ -1,4 +1,4 @@
-"""The text encoder: open_clip's own tokens, masks, trainable or frozen."""
+"""The text encoders: open_clip's own tokens, masks, trainable or frozen; umT5's padding."""
 
 import open_clip
 import pytest
@@ -6,6 +6,7 @@ import torch
 from pydantic import ValidationError
 
 from dit.text import TextConfig, TextEncoder
+from dit.umt5 import UMT5Config, UMT5Encoder, clean_prompt
 
 SMALL = dict(context_length=16, width=32, num_layers=1, num_heads=2)
 CAPTIONS = ["a red circle moving left", "", "a large blue square"]
@@ -77,3 +78,35 @@ def test_frozen_unless_trainable():
     assert all(p.requires_grad for p in trained.parameters())
     with pytest.raises(ValidationError, match="width=30 does not divide into num_heads=4"):
         TextConfig(width=30, num_heads=4)
+
+
+def tiny_umt5(**changes):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=20, width=16, num_layers=1, num_heads=2, head_dim=8, mlp_dim=32)
+    return UMT5Encoder(UMT5Config(**shape, context_length=8, **changes), None).eval()
+
+
+def test_umt5_states_are_zero_behind_the_prompt_and_none_is_hidden():
+    """tests/parity compares them with transformers'."""
+    ids = torch.tensor([[5, 6, 7, 1, 0, 0, 0, 0], [5, 0, 7, 1, 0, 0, 0, 0], [9] * 7 + [1]])
+    states, mask = tiny_umt5()(ids)
+    assert mask.all()
+    assert mask.shape == (3, 8)
+    assert [int(row.any(dim=-1).sum()) for row in states] == [4, 4, 8]  # a 0 inside is a token
+
+
+def test_umt5_padding_changes_nothing():
+    encoder, ids = tiny_umt5(), torch.tensor([[5, 6, 7, 1, 0, 0, 0, 0]])
+    whole, _ = encoder(ids)
+    short, _ = encoder(ids[:, :4])
+    assert short.std() > 0.1
+    torch.testing.assert_close(whole[:, :4], short, atol=1e-5, rtol=0)
+
+
+def test_umt5_is_frozen_unless_trainable():
+    assert not any(p.requires_grad for p in tiny_umt5().parameters())
+    assert all(p.requires_grad for p in tiny_umt5(trainable=True).parameters())
+
+
+def test_prompts_are_cleaned():
+    assert clean_prompt("  a &amp;amp; b\n\tcafÃ© ") == "a & b café"

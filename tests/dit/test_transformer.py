@@ -1,11 +1,11 @@
-"""The DiT: shapes, noise levels per frame, masks, and attention on its two paths."""
+"""The DiT: shapes, noise levels per frame, masks, prepared texts, dtypes, compiled blocks."""
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-import dit.transformer as transformer
-from dit.transformer import DiT, DiTConfig, attention, modulate, rotary_table, rotate
+from dit.layers import RMSNorm, modulate, rotary_table, rotate
+from dit.transformer import DiT, DiTConfig
 
 
 def inputs(b: int = 2, f: int = 3, h: int = 4, w: int = 6, m: int = 5):
@@ -51,6 +51,77 @@ def test_masked_text_is_not_seen(dit):
     torch.testing.assert_close(dit(x, t, context[:, :3], mask[:, :3]), before, atol=1e-5, rtol=1e-4)
 
 
+def test_without_a_mask_all_of_the_text_is_seen(dit):
+    x, t, context, mask = inputs()
+    assert torch.equal(dit(x, t, context), dit(x, t, context, mask))
+    mask[:, 3:] = False
+    assert (dit(x, t, context) - dit(x, t, context, mask)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("num_words", [5, 3])
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_a_prepared_context_gives_the_same(dit, num_words, per_frame):
+    x, t, context, mask = inputs()
+    mask[1, num_words:] = False
+    t = torch.rand(2, 3) if per_frame else t
+    prepared = dit.prepare_context(context, mask)
+    assert (prepared.mask is None) == (num_words == 5)  # padding only where there is some
+    expected = dit(x, t, context, mask)
+    torch.testing.assert_close(dit(x, t, prepared), expected, atol=1e-6, rtol=1e-6)
+    one = prepared.rows(slice(1, 2))
+    torch.testing.assert_close(dit(x[1:], t[1:], one), expected[1:], atol=1e-6, rtol=1e-5)
+    assert expected.abs().max() > 0.1
+
+
+def test_a_prepared_context_is_projected_once(dit):
+    x, t, context, mask = inputs()
+    calls = []
+    for block in dit.blocks:
+        for layer in (block.cross_attention.k, block.cross_attention.v):
+            layer.register_forward_hook(lambda *_: calls.append(1))
+    dit.text_embedding.register_forward_hook(lambda *_: calls.append(1))
+    prepared = dit.prepare_context(context, mask)
+    assert len(calls) == 1 + 2 * len(dit.blocks)
+    for _ in range(3):
+        dit(x, t, prepared)
+    assert len(calls) == 1 + 2 * len(dit.blocks)
+
+
+def test_positions_may_differ_between_clips(dit):
+    """Every token carries its position: a clip moved in space alone gives another prediction."""
+    tokens, context, mask = torch.randn(2, 6, 16), torch.randn(2, 5, 12), None
+    positions = torch.randint(0, 5, (2, 6, 3))
+    t = torch.rand(2, 3)
+    together = dit.forward_tokens(tokens, positions, t, context, mask)
+    for i in range(2):
+        one = slice(i, i + 1)
+        alone = dit.forward_tokens(tokens[one], positions[i], t[one], context[one], mask)
+        torch.testing.assert_close(together[one], alone, atol=1e-6, rtol=1e-5)
+    moved = dit.forward_tokens(tokens, positions.flip(0), t, context, mask)
+    assert (moved - together).abs().max() > 1e-3
+
+
+def test_weights_in_bfloat16_need_no_autocast(dit):
+    x, t, context, mask = inputs()
+    expected = dit(x, t, context, mask)
+    got = dit.bfloat16()(x, t, context, mask)
+    assert got.dtype is torch.bfloat16
+    assert (got - expected).abs().max() / expected.abs().max() < 0.05
+
+
+def test_blocks_compile_without_graph_breaks(dit):
+    """Plain, with a noise level per frame, masked, and with prepared keys and values."""
+    x, t, context, mask = inputs()
+    mask[1, 3:] = False
+    prepared = dit.prepare_context(context, mask)
+    calls = [(t, context, mask), (t[:, None].expand(-1, 3), context, None), (t, prepared, None)]
+    expected = [dit(x, *call) for call in calls]
+    for block in dit.blocks:
+        block.compile(dynamic=False, fullgraph=True, backend="eager")
+    for call, wanted in zip(calls, expected):
+        torch.testing.assert_close(dit(x, *call), wanted, atol=1e-6, rtol=1e-5)
+
+
 def test_text_matters_and_samples_do_not_mix(dit):
     x, t, context, mask = inputs()
     before = dit(x, t, context, mask)
@@ -73,15 +144,40 @@ def test_patches_put_every_value_back_in_its_place(dit):
     assert torch.equal(changed, expected)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_plain_attention_equals_the_fused_kernel(monkeypatch, masked):
-    q, k, v = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64).unbind(0)
-    mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
-    if masked:
-        mask[1, ..., 4:] = False
-    plain = attention(q, k, v, mask)
-    monkeypatch.setattr(transformer, "CPU_PLAIN_ATTENTION_TOKENS", 0)
-    torch.testing.assert_close(attention(q, k, v, mask), plain, atol=1e-12, rtol=1e-12)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_rms_norm_is_torchs(dtype, tolerance):
+    norm, theirs = RMSNorm(16, eps=1e-3), torch.nn.RMSNorm(16, eps=1e-3)
+    theirs.weight.data = norm.weight.data = torch.rand(16) + 0.5
+    x, weight = torch.randn(2, 5, 16), torch.randn(2, 5, 16, dtype=dtype)
+    results = []
+    for module in (norm.to(dtype), theirs.to(dtype)):
+        mine = x.to(dtype).requires_grad_()
+        y = module(mine)
+        results.append((y, *torch.autograd.grad((y * weight).sum(), (mine, module.weight))))
+    for got, expected in zip(*results):
+        assert expected.abs().max() > 0.1
+        torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_rms_norm_of_bfloat16_is_rounded_once():
+    """Weights stay in float32 under autocast; the gradients have each tensor's dtype."""
+    norm, g = RMSNorm(16, eps=1e-6), torch.Generator().manual_seed(0)
+    norm.weight.data = torch.rand(16, generator=g) + 0.5
+    x = torch.randn(2, 5, 16, generator=g).bfloat16().requires_grad_()
+    expected = torch.nn.functional.rms_norm(x.double(), (16,), norm.weight.double(), 1e-6)
+    y = norm(x)
+    assert torch.equal(y, expected.bfloat16())
+    y.sum().backward()
+    assert x.grad.dtype is torch.bfloat16
+    assert norm.weight.grad.dtype is torch.float32
+
+
+def test_rotation_is_the_same_compiled():
+    x, table = torch.randn(2, 3, 5, 24), rotary_table(torch.randint(0, 9, (2, 5, 3)), 24, 1e4)
+    compiled = torch.compile(rotate, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, table), rotate(x, table), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(rotate(x, table).norm(), x.norm())
+    assert (rotate(x, table) - x).abs().max() > 0.1
 
 
 def test_rotary_scores_depend_on_distances_only():
