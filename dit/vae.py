@@ -10,6 +10,7 @@ is linear, so training starts near a linear codec and adds what convolutions can
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -149,30 +150,31 @@ class Posterior:
         return self.mean + self.std * noise
 
 
-class VideoVAE(nn.Module):
-    """Video in [-1, 1] to normalised latents and back.
+class VAE(nn.Module, ABC):
+    """What every video VAE is: ours below, and Wan's (dit/wan_vae.py).
 
-    `latent_mean` and `latent_std` (c,) are measured over training clips and stored with the weights;
-    everything outside this class sees latents of unit variance per channel.
+    Video (b 3 f h w) in [-1, 1] to latents (b c f' h' w') of unit variance per channel, and back.
     """
 
-    latent_mean: Tensor
-    latent_std: Tensor
-
-    def __init__(self, config: VAEConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
-        self.register_buffer("latent_std", torch.ones(config.latent_channels))
+    @property
+    @abstractmethod
+    def latent_channels(self) -> int: ...
 
     @property
-    def temporal_factor(self) -> int:
-        return math.prod(ft for ft, _ in self.config.factors)
+    @abstractmethod
+    def temporal_factor(self) -> int: ...
 
     @property
-    def spatial_factor(self) -> int:
-        return math.prod(fs for _, fs in self.config.factors)
+    @abstractmethod
+    def spatial_factor(self) -> int: ...
+
+    @abstractmethod
+    def encode(self, video: Tensor) -> Posterior:
+        """Posterior over normalised latents of video (b 3 f h w) in [-1, 1]."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Video (b 3 f h w), about [-1, 1] and not clamped, from normalised latents (b c f' h' w')."""
 
     def latent_shape(self, f: int, h: int, w: int) -> tuple[int, int, int, int]:
         """Shape (c, f', h', w') of the latents of one clip.
@@ -192,7 +194,37 @@ class VideoVAE(nn.Module):
                 raise ValueError(
                     f"{name}={size} does not fit the VAE: it needs a multiple of {fs}; use {fitting}"
                 )
-        return self.config.latent_channels, 1 + (f - 1) // ft, h // fs, w // fs
+        return self.latent_channels, 1 + (f - 1) // ft, h // fs, w // fs
+
+
+class VideoVAE(VAE):
+    """Video in [-1, 1] to normalised latents and back.
+
+    `latent_mean` and `latent_std` (c,) are measured over training clips and stored with the weights;
+    everything outside this class sees latents of unit variance per channel.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
+        self.register_buffer("latent_std", torch.ones(config.latent_channels))
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.latent_channels
+
+    @property
+    def temporal_factor(self) -> int:
+        return math.prod(ft for ft, _ in self.config.factors)
+
+    @property
+    def spatial_factor(self) -> int:
+        return math.prod(fs for _, fs in self.config.factors)
 
     def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the posterior before normalisation, both (b c f' h' w').
@@ -206,7 +238,6 @@ class VideoVAE(nn.Module):
         return mean, log_variance.clamp(-30, 20)
 
     def encode(self, video: Tensor) -> Posterior:
-        """Posterior over normalised latents of video (b 3 f h w) in [-1, 1]."""
         mean, log_variance = self.moments(video)
         center, scale = (s.view(-1, 1, 1, 1) for s in (self.latent_mean, self.latent_std))
         return Posterior(
@@ -214,6 +245,5 @@ class VideoVAE(nn.Module):
         )
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Video (b 3 f h w), about [-1, 1] and not clamped, from normalised latents (b c f' h' w')."""
         center, scale = (s.view(-1, 1, 1, 1) for s in (self.latent_mean, self.latent_std))
         return self.decoder(latents * scale + center)

@@ -30,6 +30,9 @@ class Sampler(StrEnum):
 
     euler = "euler"
     heun = "heun"
+    midpoint = "midpoint"
+    dpmpp_2m = "dpmpp_2m"
+    unipc = "unipc"
     ddim = "ddim"
     ancestral = "ancestral"
 

@@ -13,7 +13,7 @@ from data.video import VideoReadError, read_clip, to_float, to_uint8
 from eval.metrics import Estimate, mean_estimate, psnr, ssim
 
 if TYPE_CHECKING:
-    from dit.vae import VideoVAE
+    from dit.vae import VAE
     from sample.model import Model
 
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def read_clips(
 
 
 def reconstruct(
-    vae: VideoVAE,
+    vae: VAE,
     clips: Sequence[np.ndarray],
     *,
     batch_size: int = 32,
@@ -78,7 +78,7 @@ def reconstruct(
     """
     import torch
 
-    device = vae.latent_mean.device
+    device = next(vae.parameters()).device
     restored: list[np.ndarray] = []
     with torch.no_grad():
         for first in range(0, len(clips), batch_size):

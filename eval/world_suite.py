@@ -224,12 +224,12 @@ def run_world_suite(
 
 def _sampling(pipeline: TextToVideo, settings: WorldSettings) -> dict[str, Any]:
     from dit.samplers import samplers_for
-    from sample.pipeline import DEFAULT_GUIDANCE, DEFAULT_STEPS
 
+    usual = pipeline.sampling
     return {
-        "steps": DEFAULT_STEPS if settings.steps is None else settings.steps,
-        "guidance": DEFAULT_GUIDANCE if settings.guidance is None else settings.guidance,
-        "sampler": settings.sampler or samplers_for(pipeline.objective)[0],
+        "steps": usual.steps if settings.steps is None else settings.steps,
+        "guidance": usual.guidance if settings.guidance is None else settings.guidance,
+        "sampler": settings.sampler or usual.sampler or samplers_for(pipeline.objective)[0],
     }
 
 

@@ -1,6 +1,7 @@
 """`zoetrope sample MODEL "prompt"`: a model folder and prompts to video files."""
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from tqdm import tqdm
+
+    from dit.guidance import GuidanceConfig
+    from sample.pipeline import TextToVideo
 
 MAX_BATCH_CELLS = 64 * 9 * 32 * 32  # pixels sampled at once on a CPU before a batch is split
 
@@ -43,6 +48,8 @@ def output_paths(output: Path, count: int) -> list[Path]:
         raise ValueError(
             f"-o {output}: videos are written as .mp4; use {output.with_suffix('.mp4')}"
         )
+    if output.is_dir():
+        raise ValueError(f"-o {output}: is a folder; give a file name")
     if count == 1:
         return [output]
     return [output.with_name(f"{output.stem}-{i:03d}.mp4") for i in range(count)]
@@ -62,8 +69,117 @@ def write_gif(path: Path, frames, fps: float) -> None:  # noqa: ANN001 (numpy, i
         aside.unlink(missing_ok=True)
 
 
+def read_image(path: Path, height: int, width: int) -> "Tensor":
+    """A picture as a first frame (3 h w) in [-1, 1]: scaled to cover the size, cut at the middle.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not a picture.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    from data.video import to_float
+
+    if not path.is_file():
+        raise FileNotFoundError(f"--image {path}: no such file")
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"--image {path}: not a picture that can be read") from error
+    picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    return to_float(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+
+
+def _grid(kind: str | None) -> Any:
+    """The grid config of a name."""
+    from typing import get_args
+
+    from dit.grids import GridConfig
+
+    if kind is None:
+        return None
+    grids = {grid.model_fields["kind"].default: grid for grid in get_args(get_args(GridConfig)[0])}
+    if kind not in grids:
+        raise ValueError(f"--grid {kind}: use {', '.join(grids)}")
+    return grids[kind]()
+
+
+def _guidance(pipeline: "TextToVideo", scale: float | None, **options: Any) -> "GuidanceConfig":
+    """What the flags say; the scale as the model has it by default."""
+    from dit.guidance import GuidanceConfig
+
+    given = {name: value for name, value in options.items() if value is not None}
+    scale = pipeline.sampling.guidance if scale is None else scale
+    return GuidanceConfig.checked(scale=scale, **given)
+
+
+def _check(
+    prompt: str | None, prompts: Path | None, num: int, batch_size: int | None, sheet: Path | None
+) -> list[str]:
+    """The prompts, as many times as asked; refuses flags that do not fit each other."""
+    if (prompt is None) == (prompts is None):
+        raise ValueError(
+            "give a prompt in quotes, or a file of them with --prompts (one of the two)"
+        )
+    if num < 1:
+        raise ValueError(f"--num {num}: use 1 or more")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: use 1 or more")
+    if sheet is not None and sheet.suffix != ".png":
+        raise ValueError(f"--sheet {sheet}: expected a .png")
+    if sheet is not None and sheet.is_dir():
+        raise ValueError(f"--sheet {sheet}: is a folder; give a file name")
+    texts = [prompt] if prompt is not None else read_prompts(prompts)  # type: ignore[arg-type]
+    return [text for text in texts for _ in range(num)]
+
+
 def _advance(bar: "tqdm[Any]", count: int, step: int) -> None:
     bar.update(count)
+
+
+def _generate(
+    pipeline: "TextToVideo",
+    texts: Sequence[str],
+    paths: Sequence[Path],
+    *,
+    batch: int,
+    seed: int,
+    gif: bool,
+    keep: bool,
+    options: dict[str, Any],
+) -> list[Any]:
+    """Samples batch by batch and writes each video; gives the clips, uint8 (f h w 3), to keep."""
+    from tqdm import tqdm
+
+    from data.video import to_uint8, write_video
+
+    clips, evaluated, skipped = [], 0, 0
+    steps, fps = options["steps"] or pipeline.sampling.steps, pipeline.info.fps
+    with tqdm(total=len(texts) * steps, desc="sampling", unit="step") as bar:
+        for start in range(0, len(texts), batch):
+            chunk = texts[start : start + batch]
+            videos = pipeline(
+                chunk,
+                seeds=range(seed + start, seed + start + len(chunk)),
+                progress=partial(_advance, bar, len(chunk)),
+                **options,
+            )
+            evaluated += pipeline.work.num_evaluations
+            skipped += pipeline.work.num_skipped
+            for path, video in zip(paths[start:], videos):
+                clip = to_uint8(video).permute(1, 2, 3, 0).numpy()
+                write_video(path, clip, fps=fps)
+                if gif:
+                    write_gif(path.with_suffix(".gif"), clip, fps)
+                if keep:
+                    clips.append(clip)
+    if options["reuse"] is not None:
+        typer.echo(
+            f"reuse: {skipped} of {evaluated} evaluations skipped all blocks but one", err=True
+        )
+    return clips
 
 
 def sample(
@@ -75,12 +191,48 @@ def sample(
     ),
     frames: Annotated[int | None, typer.Option(help="Length; as trained by default.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels: 32 or HEIGHTxWIDTH.")] = None,
-    steps: Annotated[int, typer.Option(help="Sampler steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 turns it off.")] = 2.0,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture to begin with, for models that can.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampler steps; the model's own, or 20.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Scale, 1 turns it off; the model's own, or 2.")
+    ] = None,
+    guidance_low: Annotated[
+        float | None, typer.Option(help="Scale for the low-noise expert of a model with two.")
+    ] = None,
+    guidance_kind: Annotated[str | None, typer.Option(help="cfg, cfg_zero or apg.")] = None,
+    guidance_rescale: Annotated[
+        float | None, typer.Option(help="0 to 1: hold back contrast that guidance adds.")
+    ] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None, typer.Option(help="LOW HIGH: noise levels with guidance.")
+    ] = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Half the memory for guidance; the same result.")
+    ] = False,
     sampler: Annotated[
-        str | None, typer.Option(help="euler or heun (flow), ddim or ancestral (DDPM).")
+        str | None,
+        typer.Option(
+            help="euler, heun, midpoint, dpmpp_2m or unipc (flow); ddim, ancestral or dpmpp_2m (DDPM)."
+        ),
+    ] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="uniform, shifted, karras, wan or flow_match_euler.")
     ] = None,
     shift: Annotated[float | None, typer.Option(help="Shift of t; as trained by default.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="A LoRA in diffusers' format, PATH or PATH:SCALE; may be repeated."),
+    ] = None,
+    lora_low: Annotated[
+        list[str] | None, typer.Option(help="One for the low-noise expert of a model with two.")
+    ] = None,
+    reuse: Annotated[
+        float | None, typer.Option(help="Skip blocks that change less than this; try 0.1.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the first video; the next has seed + 1.")] = 0,
     num: Annotated[int, typer.Option(help="Videos per prompt.")] = 1,
     negative: Annotated[str, typer.Option(help="What guidance moves away from.")] = "",
@@ -90,59 +242,60 @@ def sample(
         Path | None, typer.Option(help="Also write a .png contact sheet of all videos.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
+    compile_blocks: Annotated[
+        bool, typer.Option("--compile", help="Compile the DiT; pays for long or many videos.")
+    ] = False,
 ) -> None:
     """Sample videos from text."""
-    if (prompt is None) == (prompts is None):
-        raise ValueError(
-            "give a prompt in quotes, or a file of them with --prompts (one of the two)"
-        )
-    if num < 1:
-        raise ValueError(f"--num {num}: use 1 or more")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"--batch-size {batch_size}: use 1 or more")
-    if sheet is not None and sheet.suffix != ".png":
-        raise ValueError(f"--sheet {sheet}: expected a .png")
-    if output.is_dir() or (sheet is not None and sheet.is_dir()):
-        raise ValueError(f"{output if output.is_dir() else sheet}: is a folder; give a file name")
-    texts = [prompt] if prompt is not None else read_prompts(prompts)  # type: ignore[arg-type]
-    texts = [text for text in texts for _ in range(num)]
+    texts = _check(prompt, prompts, num, batch_size, sheet)
     paths = output_paths(output, len(texts))
 
-    from tqdm import tqdm
-
-    from data.video import parse_size, to_uint8, write_video
+    from data.video import parse_size
+    from sample.lora import parse_lora
     from sample.pipeline import TextToVideo
 
     height, width = (None, None) if size is None else parse_size(size)
-    pipeline = TextToVideo.from_folder(model, device)
+    loras, loras_low = ([parse_lora(text) for text in given or ()] for given in (lora, lora_low))
+    pipeline = TextToVideo.from_folder(
+        model, device, compile_blocks=compile_blocks, lora=loras, lora_low=loras_low
+    )
     info = pipeline.info
-    cells = (frames or info.num_frames) * (height or info.height) * (width or info.width)
-    batch = batch_size or max(1, MAX_BATCH_CELLS // cells)
+    frames = info.num_frames if frames is None else frames
+    height, width = height or info.height, width or info.width
+    options: dict[str, Any] = {
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "steps": steps,
+        "guidance": _guidance(
+            pipeline,
+            guidance,
+            kind=guidance_kind,
+            rescale=guidance_rescale,
+            interval=guidance_interval,
+            sequential=sequential,
+        ),
+        "guidance_low": guidance_low,
+        "sampler": sampler,
+        "grid": _grid(grid),
+        "shift": shift,
+        "negative": negative,
+        "image": None if image is None else read_image(image, height, width),
+        "reuse": reuse,
+    }
+    pipeline.latent_shape(frames, height, width)  # refuse what does not fit before making folders
     output.parent.mkdir(parents=True, exist_ok=True)
-    clips = []
-    with tqdm(total=len(texts) * steps, desc="sampling", unit="step") as bar:
-        for start in range(0, len(texts), batch):
-            chunk = texts[start : start + batch]
-            videos = pipeline(
-                chunk,
-                frames=frames,
-                height=height,
-                width=width,
-                steps=steps,
-                guidance=guidance,
-                sampler=sampler,  # type: ignore[arg-type]
-                shift=shift,
-                seeds=range(seed + start, seed + start + len(chunk)),
-                negative=negative,
-                progress=partial(_advance, bar, len(chunk)),
-            )
-            for path, video in zip(paths[start:], videos):
-                clip = to_uint8(video).permute(1, 2, 3, 0).numpy()
-                write_video(path, clip, fps=info.fps)
-                if gif:
-                    write_gif(path.with_suffix(".gif"), clip, info.fps)
-                if sheet is not None:
-                    clips.append(clip)
+    batch = batch_size or max(1, MAX_BATCH_CELLS // (frames * height * width))
+    clips = _generate(
+        pipeline,
+        texts,
+        paths,
+        batch=batch,
+        seed=seed,
+        gif=gif,
+        keep=sheet is not None,
+        options=options,
+    )
     if sheet is not None:
         from sample.sheet import contact_sheet
 

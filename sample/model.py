@@ -2,31 +2,44 @@
 
     model.yaml            format version, configs of every part, fps, trained size, provenance
     vae.safetensors       and, in a text-to-video model, dit.safetensors and text.safetensors
+    dit_low_noise...      of a model with two experts (Wan 2.2 A14B), the one for t below a boundary
+    tokenizer/            of a text encoder from transformers
 
-Weights are safetensors; no pickle is ever read from a model folder. A VAE alone is a model folder
-too, without dit, text and objective.
+Large weights come in several files, see sample/shards.py. Weights are safetensors; no pickle is ever
+read from a model folder. A VAE alone is a model folder too, without dit, text and objective.
 """
 
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from torch import Tensor, nn
 
 from dit.objective import Objective, ObjectiveConfig
+from dit.samplers import SamplerName
 from dit.text import TextConfig, TextEncoder
 from dit.transformer import DiT, DiTConfig
-from dit.vae import VAEConfig, VideoVAE
+from dit.umt5 import UMT5Config, UMT5Encoder
+from dit.vae import VAE, VAEConfig, VideoVAE
+from dit.wan_vae import WanVAE, WanVAEConfig
+from sample.shards import load_part, save_part
 
 FORMAT_VERSION = 1
-PARTS = ("vae", "dit", "text")
 
 
 class ModelInfo(BaseModel):
@@ -38,8 +51,23 @@ class ModelInfo(BaseModel):
     num_frames: PositiveInt
     height: PositiveInt
     width: PositiveInt
+    image_to_video: bool = False  # knows clean first frames, t = 0, from training
     # Where the weights came from: git commit, config hash, step, data fingerprint.
     provenance: dict[str, str | int | float | None] = {}
+
+
+class SamplingDefaults(BaseModel):
+    """How the model is sampled unless told otherwise."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sampler: SamplerName | None = None  # None: the objective's first
+    steps: PositiveInt = 20
+    guidance: NonNegativeFloat = 2.0
+
+
+VAEPart = Annotated[VAEConfig | WanVAEConfig, Field(discriminator="kind")]
+TextPart = Annotated[TextConfig | UMT5Config, Field(discriminator="kind")]
 
 
 class ModelFile(BaseModel):
@@ -49,31 +77,74 @@ class ModelFile(BaseModel):
 
     format_version: Literal[1] = FORMAT_VERSION
     info: ModelInfo
-    vae: VAEConfig
+    vae: VAEPart
     dit: DiTConfig | None = None
-    text: TextConfig | None = None
+    dit_low_noise: DiTConfig | None = None
+    expert_boundary: Annotated[float, Field(gt=0, lt=1)] | None = None
+    text: TextPart | None = None
     objective: Annotated[ObjectiveConfig | None, Field()] = None
+    sampling: SamplingDefaults = SamplingDefaults()
+
+    @model_validator(mode="after")
+    def _whole(self) -> "ModelFile":
+        if len({part is None for part in (self.dit, self.text, self.objective)}) > 1:
+            raise ValueError("needs dit, text and objective together, or none")
+        if (self.dit_low_noise is None) != (self.expert_boundary is None):
+            raise ValueError("needs dit_low_noise and expert_boundary together, or none")
+        if self.dit_low_noise is not None and self.dit is None:
+            raise ValueError("has dit_low_noise but no dit")
+        return self
 
 
 @dataclass
 class Model:
-    """The parts of a model folder in memory; dit, text and objective are there together or not."""
+    """The parts of a model folder in memory; dit, text and objective are there together or not.
 
-    vae: VideoVAE
+    With two experts, `dit` works from t = 1 down to expert_boundary and `dit_low_noise` below.
+    """
+
+    vae: VAE
     info: ModelInfo
     dit: DiT | None = None
-    text: TextEncoder | None = None
+    text: TextEncoder | UMT5Encoder | None = None
     objective: Objective | None = None
+    dit_low_noise: DiT | None = None
+    expert_boundary: float | None = None
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
     def parts(self) -> dict[str, nn.Module]:
         """The networks by the name of their file."""
-        every = {"vae": self.vae, "dit": self.dit, "text": self.text}
+        every = {
+            "vae": self.vae,
+            "dit": self.dit,
+            "dit_low_noise": self.dit_low_noise,
+            "text": self.text,
+        }
         return {name: part for name, part in every.items() if part is not None}
+
+    def file(self) -> ModelFile:
+        """What model.yaml says about it."""
+        values: dict[str, Any] = {name: part.config for name, part in self.parts().items()}
+        return ModelFile(
+            info=self.info,
+            objective=self.objective,  # type: ignore[arg-type]
+            expert_boundary=self.expert_boundary,
+            sampling=self.sampling,
+            **values,
+        )
 
 
 def _set_aside(folder: Path) -> Path:
     """Where the old folder stands while the new one takes its place."""
     return folder.with_name(f".{folder.name}.old")
+
+
+def write_model_file(folder: Path, contents: ModelFile) -> None:
+    """Writes model.yaml; what says nothing, and default ways to sample, are left out."""
+    values = contents.model_dump(mode="json", exclude_none=True)
+    if contents.sampling == SamplingDefaults():
+        del values["sampling"]
+    (folder / "model.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def save_model(folder: str | os.PathLike[str], model: Model) -> None:
@@ -83,12 +154,10 @@ def save_model(folder: str | os.PathLike[str], model: Model) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     for name, part in model.parts().items():
-        weights = {k: v.detach().cpu().contiguous() for k, v in part.state_dict().items()}
-        save_file(weights, fresh / f"{name}.safetensors")
-    configs = {name: part.config for name, part in model.parts().items()}
-    contents = ModelFile(info=model.info, objective=model.objective, **configs)  # type: ignore[arg-type]
-    text = yaml.safe_dump(contents.model_dump(mode="json", exclude_none=True), sort_keys=False)
-    (fresh / "model.yaml").write_text(text)
+        save_part(part, fresh, name)
+    if isinstance(model.text, UMT5Encoder):
+        model.text.tokenizer.save_pretrained(fresh / "tokenizer")
+    write_model_file(fresh, model.file())
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
@@ -123,46 +192,106 @@ def read_model_file(folder: Path) -> ModelFile:
         raise ValueError(f"{path}: not text; expected the YAML that training wrote") from error
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise ValueError(f"{path}: {where}: {problem['msg']}") from error
+        where = "".join(f"{part}: " for part in [".".join(map(str, problem["loc"]))] if part)
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{path}: {where}{message}") from error
 
 
-def _load_weights(part: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; the model folder is incomplete")
-    try:
-        missing, unexpected = part.load_state_dict(load_file(path), strict=False)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{path}: does not fit model.yaml: {reason}") from error
-    for problem, names in (("lacks", missing), ("has unknown", unexpected)):
-        if names:
-            raise ValueError(
-                f"{path}: does not fit model.yaml: {problem} {names[0]} ({len(names)} in all)"
-            )
-
-
-def load_model(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:
-    """Reads a model folder, in eval mode, without gradients.
+def load_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer from its files.
 
     Raises:
+        FileNotFoundError, ValueError: there are none, they cannot be read, or there is no
+            transformers.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise FileNotFoundError(
+            f"{folder}: no tokenizer in it; expected tokenizer.json or spiece.model"
+        )
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ValueError(
+            f"the tokenizer needs transformers: pip install 'zoetrope[wan]' ({error})"
+        ) from error
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises plain Exception for a damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{folder}: not a tokenizer ({reason})") from error
+
+
+def _empty(contents: ModelFile, folder: Path) -> Model:
+    """The networks without weights; large ones on the meta device, so that nothing is initialised."""
+    with torch.device("meta"):
+        dits = [
+            None if config is None else DiT(config)
+            for config in (contents.dit, contents.dit_low_noise)
+        ]
+        vae = WanVAE(contents.vae) if isinstance(contents.vae, WanVAEConfig) else None
+    text: TextEncoder | UMT5Encoder | None = None
+    if isinstance(contents.text, UMT5Config):
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        with torch.device("meta"):
+            text = UMT5Encoder(contents.text, tokenizer)
+    elif contents.text is not None:
+        text = TextEncoder(contents.text)
+    if isinstance(contents.vae, VAEConfig):
+        vae = VideoVAE(contents.vae)
+    assert vae is not None
+    return Model(
+        vae,
+        contents.info,
+        dit=dits[0],
+        text=text,
+        objective=contents.objective,
+        dit_low_noise=dits[1],
+        expert_boundary=contents.expert_boundary,
+        sampling=contents.sampling,
+    )
+
+
+def _cast(part: nn.Module, dtype: torch.dtype | None) -> Callable[[str, Tensor], Tensor] | None:
+    """What `load_model` does to the tensors of a part."""
+    if dtype is None:
+        return None
+    if dtype is torch.float32:
+        return lambda name, value: value.float()
+    names = set()
+    if isinstance(part, DiT | UMT5Encoder):
+        inner, prefix = (part.blocks, "blocks.") if isinstance(part, DiT) else (part, "")
+        linear = [name for name, m in inner.named_modules() if isinstance(m, nn.Linear)]
+        names = {f"{prefix}{name}.{what}" for name in linear for what in ("weight", "bias")}
+    return lambda name, value: value.to(dtype) if name in names else value
+
+
+def load_model(
+    folder: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    *,
+    dtype: torch.dtype | None = None,
+    vae_only: bool = False,
+) -> Model:
+    """Reads a model folder, in eval mode, without gradients.
+
+    Args:
+        dtype: None for the weights as stored; float32 for all of them; a smaller one for those that
+            autocast to it would convert at every call, the matrices in the blocks of the DiT and
+            of a umT5: the same results in half the memory.
+        vae_only: leave the other parts out, unread.
+    Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: a file is damaged, of another version, or does not fit the others.
+        ValueError: a file is damaged, of another version, or does not fit the others; or a part
+            needs a library that is not installed.
     """
     folder = Path(folder)
     if not folder.exists() and _set_aside(folder).exists():  # a kill in the middle of a save
         folder = _set_aside(folder)
     contents = read_model_file(folder)
-    model = Model(VideoVAE(contents.vae), contents.info, objective=contents.objective)
-    if contents.dit is not None and contents.text is not None and contents.objective is not None:
-        model.dit, model.text = DiT(contents.dit), TextEncoder(contents.text)
-    elif contents.dit is not None or contents.text is not None or contents.objective is not None:
-        raise ValueError(
-            f"{folder / 'model.yaml'}: needs dit, text and objective together, or none"
-        )
+    if vae_only:
+        contents = ModelFile(info=contents.info, vae=contents.vae)
+    model = _empty(contents, folder)
     for name, part in model.parts().items():
-        _load_weights(part, folder / f"{name}.safetensors")
+        load_part(part, folder, name, device, _cast(part, dtype))
         part.to(device).eval().requires_grad_(False)
     return model

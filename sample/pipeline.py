@@ -1,18 +1,23 @@
 """Prompts in, videos out."""
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from data.randomness import generator
-from dit.guidance import guided_denoiser
-from dit.samplers import SamplerName, run_sampler
+from dit.grids import GridConfig
+from dit.guidance import GuidanceConfig, GuidedDenoiser, Text, guided_denoiser
+from dit.samplers import Denoiser, SamplerName, run_sampler
+from sample.lora import LoRA, add_loras
 from sample.model import Model, load_model
 
-DEFAULT_STEPS = 20
-DEFAULT_GUIDANCE = 2.0
+_MAX_CACHED_TEXTS = 64  # 8 MB each for Wan's text encoder
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:
@@ -32,31 +37,90 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
     return device
 
 
+def two_experts(high: Denoiser, low: Denoiser, boundary: float) -> Denoiser:
+    """`high` from t = 1 down to the boundary, `low` below it; the noisiest frame decides."""
+    return lambda x, t: (high if (t >= boundary).any() else low)(x, t)
+
+
+def with_held_frames(denoise: Denoiser, clean: Tensor, held: Tensor) -> Denoiser:
+    """A denoiser that always sees some frames clean, at t = 0, whatever the sampler makes of them.
+
+    Args:
+        clean: latents (b c f h w), of which the held frames count; held: (f,), True for those.
+    """
+    return lambda x, t: denoise(
+        torch.where(held[:, None, None], clean, x), torch.where(held, 0.0, t[:, None])
+    )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call cost: clips that a DiT was asked about, and how often feature reuse answered."""
+
+    num_evaluations: int
+    num_skipped: int
+
+
 class TextToVideo:
     """A text-to-video model ready to sample.
 
     videos = TextToVideo.from_folder("runs/demo/model")(["a red circle moving left"])
+
+    Args:
+        dtype: that autocast multiplies in; float32 for none, and then the weights have to be.
+        compile_blocks: torch.compile for each block of the DiT, which takes a while at first use.
     """
 
-    def __init__(self, model: Model, device: str | torch.device | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        device: str | torch.device | None = None,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        compile_blocks: bool = False,
+    ) -> None:
         if model.dit is None or model.text is None or model.objective is None:
             raise ValueError("this model folder holds a VAE alone; sampling needs a trained DiT")
-        self.device = pick_device(device)
-        self.info, self.objective = model.info, model.objective
+        self.device, self.dtype = pick_device(device), dtype
+        self.info, self.objective, self.sampling = model.info, model.objective, model.sampling
         self.vae = model.vae.to(self.device)
-        self.dit = model.dit.to(self.device)
         self.text = model.text.to(self.device)
+        self.dit = model.dit.to(self.device)
+        self.experts = [self.dit]  # by falling noise level
+        self.expert_boundary = model.expert_boundary
+        if model.dit_low_noise is not None:
+            self.experts.append(model.dit_low_noise.to(self.device))
+        if compile_blocks:
+            for expert in self.experts:
+                for block in expert.blocks:
+                    block.compile()
+        self.work = Work(0, 0)  # of the latest call
+        self._texts: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
     @classmethod
     def from_folder(
-        cls, folder: str | os.PathLike[str], device: str | torch.device | None = None
+        cls,
+        folder: str | os.PathLike[str],
+        device: str | torch.device | None = None,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        compile_blocks: bool = False,
+        lora: Sequence[LoRA] = (),
+        lora_low: Sequence[LoRA] = (),
     ) -> "TextToVideo":
         """Loads a model folder onto a device: a GPU where there is one, unless told otherwise.
 
+        Args:
+            lora: LoRAs to add to its DiT, in the format of diffusers, each a path and a scale.
+            lora_low: those for the low-noise expert of a model with two.
         Raises:
-            FileNotFoundError, ValueError: see `sample.model.load_model`.
+            FileNotFoundError, ValueError: see `sample.model.load_model` and
+                `sample.lora.apply_lora`.
         """
-        return cls(load_model(folder), device)
+        place = pick_device(device)
+        model = load_model(folder, place, dtype=dtype)
+        add_loras(model, lora, lora_low)
+        return cls(model, place, dtype=dtype, compile_blocks=compile_blocks)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Latents (c f h w) of one clip.
@@ -84,60 +148,110 @@ class TextToVideo:
         return shape
 
     @torch.no_grad()
+    def text_states(self, prompts: Sequence[str]) -> Text:
+        """Context (b m d) and context_mask (b m) of prompts; the latest ones are remembered.
+
+        Precomputed ones can be given to a call in place of its prompts.
+        """
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        if new:
+            with self._autocast():
+                states, mask = self.text(self.text.tokenize(new).to(self.device))
+            self._texts.update(zip(new, zip(states, mask)))
+        for prompt in prompts:
+            self._texts.move_to_end(prompt)
+        rows = [self._texts[prompt] for prompt in prompts]
+        while len(self._texts) > _MAX_CACHED_TEXTS:
+            self._texts.popitem(last=False)
+        contexts, masks = zip(*rows)
+        return torch.stack(contexts), torch.stack(masks)
+
+    @torch.no_grad()
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | Text,
         *,
         frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        steps: int = DEFAULT_STEPS,
-        guidance: float = DEFAULT_GUIDANCE,
+        steps: int | None = None,
+        guidance: GuidanceConfig | float | None = None,
+        guidance_low: float | None = None,
         sampler: SamplerName | None = None,
+        grid: GridConfig | Tensor | None = None,
         shift: float | None = None,
         seeds: Sequence[int] | None = None,
-        negative: str = "",
+        negative: str | Text = "",
+        image: Tensor | None = None,
+        noise: Tensor | None = None,
+        reuse: float | None = None,
+        output: Literal["video", "latents"] = "video",
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """One video per prompt; size and length default to what the model was trained on.
+        """One video per prompt; what is None is as the model was trained or imported.
 
         Args:
-            prompts: at least one.
-            steps: sampler steps; guidance: classifier-free guidance scale, 1 for none.
-            sampler: None for the objective's default (euler for flow, ddim for DDPM).
-            shift: of the flow's grid of t; None for the one it was trained with.
+            prompts: at least one; or their states and mask, as `text_states` gives them.
+            steps: sampler steps.
+            guidance: a config, or the scale of classifier-free guidance, 1 for none.
+            guidance_low: scale for the low-noise expert of a model with two; None for the same.
+            sampler: its name; grid: where it stops; shift: of that grid.
             seeds: one per prompt (default 0, 1, ...); a sample depends on its own seed alone.
-            negative: what guidance moves away from.
+            negative: what guidance moves away from; or its states and mask, one row or one per prompt.
+            image: (3 h w) or one per prompt (b 3 h w) in [-1, 1], the first frame, for models that
+                were trained with given ones.
+            noise: the latents to start from (b c f h w), instead of drawing them.
+            reuse: threshold of feature reuse, see `dit.reuse.FeatureReuse`; `work` counts.
+            output: latents are normalised, (b c f h w).
             progress: called with the number of the step just done.
         Returns:
-            video (b 3 f h w) in [-1, 1], float32, on the CPU.
+            video (b 3 f h w) in [-1, 1], or latents, float32, on the CPU.
         Raises:
             ValueError: a size, length, sampler or count that does not fit, saying what does.
         """
-        prompts, seeds = list(prompts), list(range(len(prompts)) if seeds is None else seeds)
-        if not prompts:
-            raise ValueError("no prompts given; give at least one")
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one per prompt")
-        info = self.info
-        wanted = (frames, height, width)
-        trained = (info.num_frames, info.height, info.width)
-        shape = self.latent_shape(*(b if a is None else a for a, b in zip(wanted, trained)))
-        generators = [generator(seed, "sample", device=self.device) for seed in seeds]
-        bfloat16 = torch.autocast(self.device.type, torch.bfloat16)
-        with bfloat16:
-            positive = self.text(self.text.tokenize(prompts).to(self.device))
-            away = self.text(self.text.tokenize([negative] * len(prompts)).to(self.device))
+        size = (frames, height, width)
+        trained = (self.info.num_frames, self.info.height, self.info.width)
+        size = tuple(b if a is None else a for a, b in zip(size, trained))
+        shape = self.latent_shape(*size)
+        guidances = self._guidances(guidance, guidance_low)
+        texts = self._texts_of(prompts, negative, all(g.scale == 1 for g in guidances))
+        count = len(texts[0][0])
+        seeds = list(range(count) if seeds is None else seeds)
+        if len(seeds) != count:
+            raise ValueError(f"{len(seeds)} seeds for {count} prompts; give one per prompt")
+        with self._autocast():
+            guided = [
+                guided_denoiser(
+                    expert, *texts, each, reuse_threshold=reuse, objective=self.objective
+                )
+                for expert, each in zip(self.experts, guidances)
+            ]
+            denoise: Denoiser = guided[0]
+            if len(guided) == 2:
+                assert self.expert_boundary is not None
+                denoise = two_experts(guided[0], guided[1], self.expert_boundary)
+            first = None if image is None else self._first_frame(image, count, *size[1:])
+            held = torch.arange(shape[1], device=self.device) == 0
+            if first is not None:
+                denoise = with_held_frames(denoise, first, held)
             latents = run_sampler(
-                sampler,
-                guided_denoiser(self.dit, positive, away, guidance),
-                generators,
+                self.sampling.sampler if sampler is None else sampler,
+                denoise,
+                [generator(seed, "sample", device=self.device) for seed in seeds],
                 shape,
-                steps,
+                self.sampling.steps if steps is None else steps,
                 self.objective,
                 shift=shift,
+                grid=grid,
+                num_tokens=prod(s // p for s, p in zip(shape[1:], self.dit.config.patch_size)),
+                noise=noise,
                 progress=None if progress is None else lambda step, _: progress(step),
             )
+            if first is not None:
+                latents = torch.where(held[:, None, None], first, latents)
+            self.work = _work(guided)
+            if output == "latents":
+                return latents.float().cpu()
             video = self.vae.decode(latents)
         video = video.float()
         if not torch.isfinite(video).all():
@@ -146,3 +260,86 @@ class TextToVideo:
                 "or check the model's weights"
             )
         return video.clamp(-1, 1).cpu()
+
+    def _autocast(self) -> torch.autocast:
+        half = self.dtype is not torch.float32
+        return torch.autocast(
+            self.device.type, self.dtype if half else torch.bfloat16, enabled=half
+        )
+
+    def _guidances(
+        self, guidance: GuidanceConfig | float | None, low: float | None
+    ) -> list[GuidanceConfig]:
+        """One for each expert."""
+        guidance = self.sampling.guidance if guidance is None else guidance
+        if not isinstance(guidance, GuidanceConfig):
+            guidance = GuidanceConfig.checked(scale=guidance)
+        if len(self.experts) == 1:
+            if low is not None:
+                raise ValueError(
+                    f"guidance_low={low:g}: this model has no low-noise expert; leave it out"
+                )
+            return [guidance]
+        changes: dict[str, float] = {} if low is None else {"scale": low}
+        if guidance.kind == "cfg_zero":  # the first noise levels are the other expert's
+            changes["zero_steps"] = 0
+        return [guidance, GuidanceConfig.checked(**{**guidance.model_dump(), **changes})]
+
+    def _texts_of(
+        self, prompts: Sequence[str] | Text, negative: str | Text, unguided: bool
+    ) -> tuple[Text, Text]:
+        """States of the prompts and of what to move away from, on the device."""
+        if len(prompts) == 0:
+            raise ValueError("no prompts given; give at least one")
+        if isinstance(prompts[0], str):
+            positive = self.text_states(prompts)  # type: ignore[arg-type]
+        else:
+            positive = self._checked(prompts)  # type: ignore[arg-type]
+        if unguided:
+            return positive, positive
+        count = len(positive[0])
+        if isinstance(negative, str):
+            return positive, self.text_states([negative] * count)
+        states, mask = self._checked(negative)
+        if len(states) == 1:
+            states = states.expand(count, -1, -1)
+            mask = None if mask is None else mask.expand(count, -1)
+        if len(states) != count:
+            raise ValueError(
+                f"{len(states)} negative texts for {count} prompts; give one, or one per prompt"
+            )
+        return positive, (states, mask)
+
+    def _checked(self, text: Text) -> Text:
+        states, mask = text
+        width = self.text.width
+        if states.ndim != 3 or states.shape[2] != width or not len(states):
+            raise ValueError(
+                f"text states have shape {tuple(states.shape)}; expected (b m {width})"
+            )
+        if mask is not None and mask.shape != states.shape[:2]:
+            raise ValueError(
+                f"text mask has shape {tuple(mask.shape)}; expected {tuple(states.shape[:2])}"
+            )
+        return states.to(self.device), None if mask is None else mask.to(self.device)
+
+    def _first_frame(self, image: Tensor, count: int, height: int, width: int) -> Tensor:
+        """The latents (b c 1 h w) of a given first frame."""
+        if not self.info.image_to_video:
+            raise ValueError(
+                "this model was not trained with given first frames; leave the image out, or use one "
+                "that was, such as an imported Wan 2.2 TI2V-5B"
+            )
+        images = image[None] if image.ndim == 3 else image
+        if images.shape[1:] != (3, height, width) or len(images) not in (1, count):
+            raise ValueError(
+                f"the image has shape {tuple(image.shape)}; expected (3 {height} {width}) or "
+                f"({count} 3 {height} {width})"
+            )
+        latents = self.vae.encode(images[:, :, None].to(self.device)).mean
+        return latents.expand(count, -1, -1, -1, -1)
+
+
+def _work(guided: list[GuidedDenoiser]) -> Work:
+    skipped = sum(reuse.num_skipped for each in guided for reuse in each.reuse)
+    return Work(sum(each.num_evaluations for each in guided), skipped)

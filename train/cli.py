@@ -19,6 +19,7 @@ import typer
 from data.cli import app as data_app
 from eval.cli import evaluate
 from sample.cli import sample
+from sample.wan_cli import export_model, import_model
 
 # click's UsageError; newer versions of typer carry a click of their own, so it is not to be imported.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -33,6 +34,8 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.command("sample")(sample)
 app.command("eval")(evaluate)
+app.command("import")(import_model)
+app.command("export")(export_model)
 
 
 @app.command()

@@ -79,7 +79,7 @@ def test_a_folder_of_videos_is_scored_without_a_model(world, as_folder):
         (["-o", "no/such/folder/x.json"], FileNotFoundError, "no such folder"),
         (["-o", "/"], ValueError, "is a folder"),
         (["--device", "meta"], ValueError, "device=meta cannot be used"),
-        (["--guidance", "nan"], ValueError, "not finite"),
+        (["--guidance", "nan"], ValueError, "expected a finite number"),
     ],
 )
 def test_mistakes_are_one_line(folder, options, error, message):

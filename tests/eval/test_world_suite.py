@@ -32,6 +32,7 @@ class Oracle:
         scenes, prompts = eval_scenes(settings, **SIZE)
         self.scenes, self.spoil = dict(zip(prompts, scenes)), spoil
         self.info, self.vae, self.objective = model.info, model.vae, FlowMatching()
+        self.sampling = model.sampling
         self.calls = []
 
     def __call__(self, prompts, *, seeds, **options):

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ def make_model(objective: Objective | None = None) -> Model:
             in_channels=4,
             context_dim=16,
             dim=24,
-            num_blocks=1,
+            num_blocks=2,
             num_heads=2,
             mlp_dim=48,
             freq_dim=32,
@@ -48,4 +50,27 @@ def folder(tmp_path_factory):
 def ddpm_folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "ddpm"
     save_model(path, make_model(DDPM()))
+    return path
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """A model that says it knows given first frames."""
+    model = make_model()
+    model.info = model.info.model_copy(update={"image_to_video": True})
+    path = tmp_path_factory.mktemp("models") / "image"
+    save_model(path, model)
+    return path
+
+
+@pytest.fixture(scope="session")
+def experts_folder(tmp_path_factory):
+    """A model with a second DiT for t below 0.7."""
+    model = make_model()
+    assert model.dit is not None
+    model.dit_low_noise, model.expert_boundary = copy.deepcopy(model.dit), 0.7
+    with torch.no_grad():
+        model.dit_low_noise.head.weight.mul_(-1)
+    path = tmp_path_factory.mktemp("models") / "experts"
+    save_model(path, model)
     return path

@@ -4,8 +4,10 @@ import shutil
 
 import pytest
 import torch
+import yaml
 
-from sample.model import Model, load_model, save_model
+from sample.model import Model, SamplingDefaults, load_model, save_model
+from sample.shards import save_part
 
 
 def test_round_trip(tmp_path, model):
@@ -46,6 +48,55 @@ def test_a_kill_between_the_renames_loses_nothing(tmp_path, model):
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
+def test_two_experts_and_a_way_of_sampling_come_back(tmp_path, experts_folder):
+    model = load_model(experts_folder)
+    model.sampling = SamplingDefaults(sampler="heun", steps=7, guidance=3.5)
+    save_model(tmp_path / "m", model)
+    loaded = load_model(tmp_path / "m")
+    assert loaded.file() == model.file()
+    assert loaded.expert_boundary == 0.7
+    assert torch.equal(loaded.dit_low_noise.head.weight, -loaded.dit.head.weight)
+    assert loaded.dit.head.weight.abs().max() > 0
+
+
+def test_weights_in_several_files(tmp_path, folder, model):
+    copy = tmp_path / "m"
+    shutil.copytree(folder, copy)
+    (copy / "dit.safetensors").unlink()
+    save_part(model.dit, copy, "dit", max_bytes=20_000)
+    files = sorted(p.name for p in copy.glob("dit*"))
+    assert len(files) > 3
+    assert files[0] == f"dit-00001-of-{len(files) - 1:05d}.safetensors"
+    assert all(p.stat().st_size < 25_000 for p in copy.glob("dit-*"))
+    for name, value in load_model(copy).dit.state_dict().items():
+        assert torch.equal(value, model.dit.state_dict()[name]), name
+    (copy / files[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{files[1]}: no such file; dit.*lists"):
+        load_model(copy)
+
+
+def test_the_vae_alone_of_a_whole_folder(folder):
+    model = load_model(folder, vae_only=True)
+    assert model.dit is None
+    assert model.text is None
+    assert model.vae.decode(torch.zeros(1, 4, 2, 4, 4)).shape == (1, 3, 5, 16, 16)
+
+
+def test_a_folder_of_an_earlier_version(folder, tmp_path):
+    """Fields that came later are not in it, and mean what was so before."""
+    copy = tmp_path / "m"
+    shutil.copytree(folder, copy)
+    path = copy / "model.yaml"
+    contents = yaml.safe_load(path.read_text())
+    del contents["info"]["image_to_video"]
+    contents["objective"] = {"kind": "flow", "prediction": "velocity", "shift": 3.0}
+    path.write_text(yaml.safe_dump(contents))
+    model = load_model(copy)
+    assert not model.info.image_to_video
+    assert model.sampling == SamplingDefaults(sampler=None, steps=20, guidance=2.0)
+    assert model.objective.shift == 3.0
+
+
 def test_no_pickle(folder):
     assert {p.suffix for p in folder.iterdir()} == {".yaml", ".safetensors"}
 
@@ -62,13 +113,23 @@ def test_no_pickle(folder):
         (lambda f: (f / "model.yaml").write_text("hello"), ValueError, "format_version is None"),
         (lambda f: edit(f, "format_version: 1", "format_version: 9"), ValueError, "is 9"),
         (
-            lambda f: edit(f, "num_blocks: 1", "num_blocks: 2"),
+            lambda f: edit(f, "num_blocks: 2", "num_blocks: 3"),
             ValueError,
             "does not fit model.yaml",
         ),
         (lambda f: edit(f, "mlp_dim: 48", "mlp_dim: 40"), ValueError, "does not fit model.yaml"),
         (lambda f: edit(f, "kind: flow", "kind: flaw"), ValueError, "objective"),
         (lambda f: edit(f, "fps: 8.0", "fps: -1"), ValueError, r"info\.fps"),
+        (
+            lambda f: edit(f, "objective:", "expert_boundary: 0.5\nobjective:"),
+            ValueError,
+            r"model\.yaml: needs dit_low_noise and expert_boundary together",
+        ),
+        (
+            lambda f: cut_objective(f),
+            ValueError,
+            r"model\.yaml: needs dit, text and objective together",
+        ),
     ],
 )
 def test_damage_is_named(folder, tmp_path, damage, error, message):
@@ -85,3 +146,10 @@ def edit(folder, before, after):
     path = folder / "model.yaml"
     assert before in path.read_text()
     path.write_text(path.read_text().replace(before, after, 1))
+
+
+def cut_objective(folder):
+    path = folder / "model.yaml"
+    contents = yaml.safe_load(path.read_text())
+    del contents["objective"]
+    path.write_text(yaml.safe_dump(contents))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from sample.model import Model
-from sample.pipeline import TextToVideo
+from dit.guidance import GuidanceConfig
+from sample.model import Model, SamplingDefaults, load_model
+from sample.pipeline import TextToVideo, Work
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,94 @@ def test_progress(pipeline):
     assert seen == [0, 1, 2]
 
 
+def test_matrices_held_in_half_precision_give_the_very_same_sample(pipeline, folder):
+    """`from_folder` keeps the blocks' matrices in bfloat16, to which autocast would convert them."""
+    whole = TextToVideo(load_model(folder), "cpu")
+    assert pipeline.dit.blocks[0].self_attention.q.weight.dtype is torch.bfloat16
+    assert whole.dit.blocks[0].self_attention.q.weight.dtype is torch.float32
+    assert torch.equal(pipeline(["a"], steps=2), whole(["a"], steps=2))
+
+
+def test_float32_is_no_autocast(folder):
+    exact = TextToVideo.from_folder(folder, "cpu", dtype=torch.float32)
+    seen = []
+    exact.dit.head.register_forward_hook(lambda _, inputs, out: seen.append(out.dtype))
+    assert torch.isfinite(exact(["a"], steps=1)).all()
+    assert set(seen) == {torch.float32}
+
+
+def test_latents_noise_and_states(pipeline):
+    """What a call draws and encodes itself can be given, and comes out the same."""
+    shape = pipeline.latent_shape(5, 16, 16)
+    latents = pipeline(["a", "b"], steps=2, output="latents")
+    assert latents.shape == (2, *shape)
+    assert latents.std() > 0.1
+    states, mask = pipeline.text_states(["a", "b"])
+    away = pipeline.text_states([""])
+    again = pipeline((states, mask), negative=away, steps=2, output="latents")
+    assert torch.equal(again, latents)
+    noise = torch.randn(2, *shape)
+    first = pipeline(["a", "b"], steps=2, output="latents", noise=noise)
+    assert torch.equal(pipeline(["a", "b"], steps=2, output="latents", noise=noise), first)
+    assert (first - latents).abs().max() > 0.1
+
+
+def test_texts_are_encoded_once(folder):
+    pipeline, encoded = TextToVideo.from_folder(folder, "cpu"), []
+    tokenize = pipeline.text.tokenize
+    pipeline.text.tokenize = lambda captions: (encoded.extend(captions), tokenize(captions))[1]
+    for _ in range(2):
+        pipeline(["a", "b", "a"], steps=1)
+    assert encoded == ["a", "b", ""]
+    pipeline.text_states([str(n) for n in range(100)])
+    assert len(pipeline._texts) == 64
+    pipeline(["a"], steps=1, guidance=1.0)
+    assert encoded[-1] == "a"  # forgotten since; and no negative text without guidance
+
+
+def test_work_is_counted(pipeline):
+    pipeline(["a", "b"], steps=3)
+    assert pipeline.work == Work(num_evaluations=12, num_skipped=0)
+    pipeline(["a", "b"], steps=3, guidance=1.0)
+    assert pipeline.work == Work(num_evaluations=6, num_skipped=0)
+    pipeline(["a", "b"], steps=4, guidance=1.0, reuse=5.0)
+    assert pipeline.work == Work(num_evaluations=8, num_skipped=6)
+
+
+def test_a_models_own_way_of_sampling(folder):
+    model = load_model(folder)
+    usual = TextToVideo(model, "cpu")(["a"], steps=2, guidance=3.0, sampler="heun")
+    model.sampling = SamplingDefaults(sampler="heun", steps=2, guidance=3.0)
+    assert torch.equal(TextToVideo(model, "cpu")(["a"]), usual)
+
+
+def test_two_experts_share_the_noise_levels(experts_folder):
+    pipeline = TextToVideo.from_folder(experts_folder, "cpu")
+    seen = []
+    for number, expert in enumerate(pipeline.experts):
+        expert.register_forward_pre_hook(
+            lambda _, args, number=number: seen.append((number, args[1].max().item()))
+        )
+    pipeline(["a"], steps=6, guidance=GuidanceConfig(kind="cfg_zero", scale=2.0))
+    assert all((number == 0) == (t >= 0.7) for number, t in seen)
+    assert {number for number, _ in seen} == {0, 1}
+    assert len(seen) == 5  # CFG-Zero* stands still at the first noise level, and only there
+
+
+def test_a_held_first_frame_is_seen_clean(image_folder):
+    pipeline = TextToVideo.from_folder(image_folder, "cpu")
+    seen = []
+    pipeline.dit.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    image = torch.rand(3, 16, 16) * 2 - 1
+    latents = pipeline(["a", "b"], image=image, steps=3, output="latents")
+    assert torch.equal(latents[0, :, 0], latents[1, :, 0])
+    for x, t in seen:
+        assert (t[:, 0] == 0).all()
+        assert (t[:, 1:] > 0.5).all()
+        torch.testing.assert_close(x[:2, :, 0], latents[:, :, 0], atol=1e-6, rtol=0)
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -59,13 +148,28 @@ def test_progress(pipeline):
         ({"height": 18}, r"height=18 does not fit the VAE: it needs a multiple of 4; use 20 or 16"),
         ({"width": 20}, r"width=20 does not fit the DiT: it needs a multiple of 8; use 24 or 16"),
         ({"steps": 0}, "steps=0; use 1 or more"),
-        ({"sampler": "ddim"}, "does not suit this model's objective; use euler or heun"),
+        ({"sampler": "ddim"}, "does not suit this model's objective; use euler, heun"),
         ({"seeds": [1, 2]}, "2 seeds for 1 prompts"),
+        ({"noise": torch.zeros(1, 4, 2, 4, 5)}, r"noise has shape \(1, 4, 2, 4, 5\); expected"),
+        ({"negative": (torch.zeros(1, 3, 8), None)}, r"text states have shape \(1, 3, 8\)"),
+        ({"negative": (torch.zeros(2, 3, 16), None)}, "2 negative texts for 1 prompts"),
+        (
+            {"negative": (torch.zeros(1, 3, 16), torch.ones(1, 2, dtype=torch.bool))},
+            r"text mask has shape \(1, 2\); expected \(1, 3\)",
+        ),
+        ({"image": torch.zeros(3, 16, 16)}, "not trained with given first frames"),
+        ({"guidance_low": 2.0}, "guidance_low=2: this model has no low-noise expert"),
     ],
 )
 def test_mistakes(pipeline, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipeline(["x"], **arguments)
+
+
+def test_an_image_of_another_size(image_folder):
+    pipeline = TextToVideo.from_folder(image_folder, "cpu")
+    with pytest.raises(ValueError, match=r"the image has shape \(3, 8, 8\); expected \(3 16 16\)"):
+        pipeline(["x"], image=torch.zeros(3, 8, 8))
 
 
 def test_no_prompts_and_no_dit(pipeline, model):

@@ -1,0 +1,114 @@
+"""Wan's pretrained video VAE behind the interface of our own: diffusers' AutoencoderKLWan.
+
+Wan 2.1 has 16 channels of latents at 4 x 8 x 8; Wan 2.2 TI2V-5B has 48 at 4 x 16 x 16, of which the
+last factor of 2 in space is a rearrangement of pixels (`patch_size`). Needs the extra `wan`.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor
+
+from dit.vae import VAE, Posterior
+
+
+class WanVAEConfig(BaseModel):
+    """The settings of an AutoencoderKLWan, under diffusers' names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    kind: Literal["wan"] = "wan"
+    base_dim: PositiveInt = 96
+    decoder_base_dim: PositiveInt | None = None
+    z_dim: PositiveInt = 16
+    dim_mult: tuple[PositiveInt, ...] = (1, 2, 4, 4)
+    num_res_blocks: PositiveInt = 2
+    attn_scales: tuple[float, ...] = ()
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    dropout: float = 0.0
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[PositiveFloat, ...]
+    is_residual: bool = False
+    in_channels: PositiveInt = 3
+    out_channels: PositiveInt = 3
+    patch_size: PositiveInt | None = None
+    scale_factor_temporal: PositiveInt = 4
+    scale_factor_spatial: PositiveInt = 8
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "WanVAEConfig":
+        for name in ("latents_mean", "latents_std"):
+            if len(getattr(self, name)) != self.z_dim:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} numbers, z_dim={self.z_dim}"
+                )
+        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError(
+                f"{len(self.temperal_downsample)} temperal_downsample for {len(self.dim_mult)} "
+                "dim_mult; expected one less"
+            )
+        time = 2 ** sum(self.temperal_downsample)
+        if not time == self.scale_factor_temporal == 4:  # what AutoencoderKLWan works in
+            raise ValueError(
+                f"temperal_downsample gives 1/{time} of the frames and scale_factor_temporal is "
+                f"{self.scale_factor_temporal}; Wan's VAE has 4"
+            )
+        space = 2 ** len(self.temperal_downsample) * (self.patch_size or 1)
+        if space != self.scale_factor_spatial:
+            raise ValueError(
+                f"scale_factor_spatial={self.scale_factor_spatial} but the layers reduce by {space}"
+            )
+        return self
+
+
+class WanVAE(VAE):
+    """AutoencoderKLWan with normalised latents outside, as `dit.vae.VideoVAE` has them.
+
+    Raises:
+        ValueError: diffusers is not installed; names the extra.
+    """
+
+    def __init__(self, config: WanVAEConfig) -> None:
+        super().__init__()
+        try:
+            from diffusers import AutoencoderKLWan  # pyright: ignore[reportPrivateImportUsage]
+        except ImportError as error:
+            raise ValueError(
+                f"Wan's VAE needs diffusers: pip install 'zoetrope[wan]' ({error})"
+            ) from error
+        self.config = config
+        self.model = AutoencoderKLWan(**config.model_dump(mode="json", exclude={"kind"}))
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.z_dim
+
+    @property
+    def temporal_factor(self) -> int:
+        return self.config.scale_factor_temporal
+
+    @property
+    def spatial_factor(self) -> int:
+        return self.config.scale_factor_spatial
+
+    @property
+    def latent_mean(self) -> Tensor:
+        """(c,), on the device of the weights."""
+        return torch.tensor(self.config.latents_mean, device=self.model.device)
+
+    @property
+    def latent_std(self) -> Tensor:
+        return torch.tensor(self.config.latents_std, device=self.model.device)
+
+    def encode(self, video: Tensor) -> Posterior:
+        self.latent_shape(*video.shape[2:])
+        posterior = self.model.encode(video).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+        center, scale = (s.view(-1, 1, 1, 1) for s in (self.latent_mean, self.latent_std))
+        return Posterior((posterior.mean.float() - center) / scale, posterior.std.float() / scale)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """As `VAE.decode`; clamped to [-1, 1], as diffusers does."""
+        center, scale = (s.view(-1, 1, 1, 1) for s in (self.latent_mean, self.latent_std))
+        latents = (latents * scale + center).to(self.model.dtype)
+        return self.model.decode(latents).sample  # pyright: ignore[reportAttributeAccessIssue]

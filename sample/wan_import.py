@@ -1,0 +1,230 @@
+"""A diffusers folder of Wan 2.1 or 2.2 to a model folder.
+
+Everything is read and compared before anything is written; the weights are then copied file by file
+under our names, see `sample.shards.copy_part`.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit.transformer import DiTConfig
+from dit.umt5 import UMT5Config, UMT5Encoder
+from dit.wan_vae import WanVAE, WanVAEConfig
+from sample.model import ModelFile, ModelInfo, load_tokenizer, write_model_file
+from sample.shards import Header, Shape, copy_part, new_folder, part_headers
+from sample.wan_config import (
+    INFO,
+    INFO_TI2V,
+    build,
+    read_json,
+    read_scheduler,
+    read_text,
+    read_transformer,
+    read_vae,
+)
+from sample.wan_names import wan_tensors
+
+DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+VAE_PREFIX = "model."  # of the AutoencoderKLWan in our WanVAE
+TOKEN_EMBEDDING, SHARED_EMBEDDING = "encoder.embed_tokens.weight", "shared.weight"
+_DTYPES = ("F64", "F32", "F16", "BF16")
+_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+
+
+@dataclass(frozen=True)
+class SourcePart:
+    """The files of one network, and the new name and shape of each tensor in them."""
+
+    headers: list[Header]
+    names: dict[str, tuple[str, Shape]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A diffusers folder that can be imported."""
+
+    file: ModelFile
+    parts: dict[str, SourcePart]
+    tokenizer: Path
+
+
+def _compare(folder: Path, headers: list[Header], wanted: dict[str, Shape]) -> None:
+    """Refuses tensors that are missing, unknown, of another shape, or no floating-point numbers."""
+    got = {name: shape for header in headers for name, shape in header.shapes().items()}
+    for problem, names in (
+        ("lacks", sorted(wanted.keys() - got.keys())),
+        ("has unknown", sorted(got.keys() - wanted.keys())),
+    ):
+        if names:
+            raise ValueError(
+                f"{folder}: does not fit its config.json: {problem} {names[0]} "
+                f"({len(names)} in all)"
+            )
+    for name, shape in got.items():
+        if shape != wanted[name]:
+            raise ValueError(
+                f"{folder}: does not fit its config.json: {name} is {shape}, expected {wanted[name]}"
+            )
+    for header in headers:
+        for name, tensor in header.tensors.items():
+            if tensor["dtype"] not in _DTYPES:
+                raise ValueError(
+                    f"{header.path}: {name} is {tensor['dtype']}; quantised weights are not "
+                    f"supported, expected {', '.join(_DTYPES)}"
+                )
+
+
+def _transformer(folder: Path) -> tuple[DiTConfig, SourcePart]:
+    config = read_transformer(folder / "config.json")
+    headers = part_headers(folder, DIFFUSERS_STEM)
+    tensors = wan_tensors(config)
+    _compare(folder, headers, {t.theirs: t.their_shape for t in tensors})
+    return config, SourcePart(headers, {t.theirs: (t.ours, t.shape) for t in tensors})
+
+
+def _vae(folder: Path) -> tuple[WanVAEConfig, SourcePart]:
+    config = read_vae(folder / "config.json")
+    headers = part_headers(folder, DIFFUSERS_STEM)
+    with torch.device("meta"):
+        shapes = {k: tuple(v.shape) for k, v in WanVAE(config).state_dict().items()}
+    wanted = {name.removeprefix(VAE_PREFIX): shape for name, shape in shapes.items()}
+    _compare(folder, headers, wanted)
+    return config, SourcePart(headers, {k: (VAE_PREFIX + k, v) for k, v in wanted.items()})
+
+
+def _text(folder: Path) -> tuple[UMT5Config, SourcePart]:
+    config = read_text(folder / "config.json")
+    headers = part_headers(folder, TRANSFORMERS_STEM)
+    with torch.device("meta"):
+        shapes = {k: tuple(v.shape) for k, v in UMT5Encoder(config, None).state_dict().items()}
+    # One tensor under either name, or both; our encoder reads all three.
+    present = {name for header in headers for name in header.tensors}
+    if SHARED_EMBEDDING in present:
+        shapes[SHARED_EMBEDDING] = shapes[TOKEN_EMBEDDING]
+        if TOKEN_EMBEDDING not in present:
+            del shapes[TOKEN_EMBEDDING]
+    _compare(folder, headers, shapes)
+    return config, SourcePart(headers, {name: (name, shape) for name, shape in shapes.items()})
+
+
+def _has(index: dict[str, Any], part: str) -> bool:
+    """Whether a pipeline has a part: [library, class] where it does, [null, null] where not."""
+    entry = index.get(part)
+    return isinstance(entry, list) and any(name is not None for name in entry)
+
+
+def _model_index(path: Path) -> dict[str, Any]:
+    """model_index.json, checked.
+
+    Raises:
+        FileNotFoundError, ValueError: no such folder, no pipeline in it, or not one of Wan's.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path}: no such folder; expected a downloaded one in diffusers' format, such as "
+            "Wan2.1-T2V-1.3B-Diffusers"
+        )
+    if not (path / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{path}: no model_index.json in it; expected a folder in diffusers' format, such as "
+            "Wan2.1-T2V-1.3B-Diffusers"
+        )
+    index = read_json(path / "model_index.json")
+    if index.get("_class_name") not in _PIPELINES:
+        raise ValueError(
+            f"{path / 'model_index.json'}: _class_name is {index.get('_class_name')}; expected "
+            f"{' or '.join(_PIPELINES)}"
+        )
+    if _has(index, "image_encoder"):
+        raise ValueError(
+            f"{path}: has an image_encoder; image-to-video models that see a picture through CLIP are "
+            "not supported; use a T2V model, or TI2V-5B for a given first frame"
+        )
+    return index
+
+
+def read_source(path: Path, size: dict[str, Any] | None = None) -> Source:
+    """A diffusers folder, read and compared but for the numbers in its tensors.
+
+    Args:
+        size: what of fps, num_frames, height and width is to differ from the usual one of the kind.
+    Raises:
+        FileNotFoundError, ValueError: something is missing, damaged, not Wan's text-to-video, or does
+            not fit the rest; says what.
+    """
+    index = _model_index(path)
+    dit, dit_part = _transformer(path / "transformer")
+    parts = {"dit": dit_part}
+    boundary, low_noise = index.get("boundary_ratio"), None
+    if (boundary is not None) != _has(index, "transformer_2"):
+        raise ValueError(
+            f"{path / 'model_index.json'}: needs transformer_2 and boundary_ratio together, or neither"
+        )
+    if boundary is not None:
+        low_noise, parts["dit_low_noise"] = _transformer(path / "transformer_2")
+    vae, parts["vae"] = _vae(path / "vae")
+    text, parts["text"] = _text(path / "text_encoder")
+    for name, got, expected in (
+        ("in_channels", dit.in_channels, vae.z_dim),
+        ("text_dim", dit.context_dim, text.width),
+    ):
+        if got != expected:
+            raise ValueError(
+                f"{path}: the transformer's {name} is {got}, but the "
+                f"{'VAE' if expected == vae.z_dim else 'text encoder'} gives {expected}"
+            )
+    load_tokenizer(path / "tokenizer")
+    objective, sampling = read_scheduler(path / "scheduler" / "scheduler_config.json")
+    info = INFO_TI2V if index.get("expand_timesteps") else INFO
+    values = {**info.model_dump(), **(size or {}), "provenance": {"imported_from": path.name}}
+    contents = {
+        "info": ModelInfo.model_validate(values),
+        "vae": vae,
+        "dit": dit,
+        "dit_low_noise": low_noise,
+        "expert_boundary": boundary,
+        "text": text,
+        "objective": objective,
+        "sampling": sampling,
+    }
+    file = build(ModelFile, path / "model_index.json", contents)
+    return Source(file, parts, path / "tokenizer")
+
+
+def import_wan(
+    path: Path,
+    out: Path,
+    size: dict[str, Any] | None = None,
+    progress: Callable[[str, Header, int], object] | None = None,
+) -> ModelFile:
+    """Writes a model folder from a diffusers folder; no more than a few MB of it are ever in memory.
+
+    Args:
+        path: with model_index.json; see `read_source` for `size` and what may be wrong.
+        out: must not exist; appears only when complete.
+        progress: called with the part, the file being copied, and the bytes just copied.
+    Raises:
+        FileExistsError: there is something at `out`.
+        FileNotFoundError, ValueError: see `read_source`.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists; give a name that does not, or remove it first")
+    source = read_source(path, size)
+    with new_folder(out) as fresh:
+        shutil.copytree(source.tokenizer, fresh / "tokenizer")
+        for name, part in source.parts.items():
+            copy_part(
+                part.headers,
+                fresh,
+                name,
+                part.names,
+                None if progress is None else partial(progress, name),
+            )
+        write_model_file(fresh, source.file)
+    return source.file
