@@ -18,10 +18,13 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
-from dit.objective import ObjectiveConfig
+from dit.objective import DDPM, FlowMatching
 from dit.text import TextConfig
 from dit.transformer import DiTConfig
 from dit.vae import VAEConfig
@@ -101,18 +104,58 @@ class TextSection(TextConfig):
         return TextConfig(**self.model_dump(exclude={"checkpoint"}))
 
 
+class LoRAConfig(Section):
+    """Low-rank updates of linear layers, W + alpha / rank * B A (Hu et al. 2021, section 4.1)."""
+
+    rank: PositiveInt
+    alpha: PositiveFloat | None = None  # None: as the rank, so that the factor is 1
+    # In every block: the linear layers of both attentions, and those of the MLP.
+    targets: Annotated[tuple[Literal["q", "k", "v", "out", "mlp"], ...], Field(min_length=1)] = (
+        "q",
+        "k",
+        "v",
+        "out",
+    )
+
+
 class DiTRecipeConfig(Section):
-    """A diffusion transformer on the latents of a trained VAE."""
+    """A diffusion transformer on the latents of a trained VAE.
+
+    From nothing it needs vae, dit, text and objective; with `init` it starts from the model there,
+    and an objective only replaces the model's own.
+    """
 
     kind: Literal["dit"] = "dit"
-    vae: Path  # a model folder
-    dit: DiTSection
-    text: TextSection
-    objective: ObjectiveConfig
+    init: Path | None = None  # a model folder to fine-tune, such as one from `zoetrope import`
+    expert: Literal["high", "low"] | None = None  # of a model with two, which one trains
+    lora: LoRAConfig | None = None  # train these adapters and nothing else
+    vae: Path | None = Field(None, validate_default=True)  # a model folder
+    dit: DiTSection | None = Field(None, validate_default=True)
+    text: TextSection | None = Field(None, validate_default=True)
+    objective: FlowMatching | DDPM | None = Field(None, discriminator="kind", validate_default=True)
     caption_dropout: Share = 0.1  # of samples that train on the empty caption, for guidance
     latent_cache: Path | None = None  # made when missing; else the VAE encodes every batch. Needs
     # data.random_start=false, as it holds each row's start only
     cache_dtype: Literal["float16", "float32"] = "float16"
+
+    @field_validator("expert", "lora")
+    @classmethod
+    def _starts_from_a_model(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("init", ...) is None:
+            raise ValueError(
+                "this is for a run that starts from a trained model; set recipe.init too"
+            )
+        return value
+
+    @field_validator("vae", "dit", "text", "objective")
+    @classmethod
+    def _given_once(cls, value: Any, info: ValidationInfo) -> Any:
+        init = info.data.get("init", ...)  # ... where init itself is wrong
+        if init is None and value is None:
+            raise PydanticCustomError("missing", "Field required")
+        if isinstance(init, Path) and value is not None and info.field_name != "objective":
+            raise ValueError(f"comes with recipe.init={init}; leave it out")
+        return value
 
 
 class AdamWConfig(Section):
@@ -212,7 +255,13 @@ class RunConfig(Section):
                     "train.optimizer.kind=muon is for the matrices of a DiT, and the VAE recipe "
                     "has none; use adamw"
                 )
-        elif recipe.latent_cache is not None and self.data.random_start:
+            return self
+        if recipe.lora is not None and self.train.optimizer.kind == "muon":
+            raise ValueError(
+                "train.optimizer.kind=muon is for whole matrices, and recipe.lora trains products of "
+                "two thin ones; use adamw"
+            )
+        if recipe.latent_cache is not None and self.data.random_start:
             raise ValueError(
                 "recipe.latent_cache holds one clip per row, from its start; set "
                 "data.random_start=false or leave recipe.latent_cache out"

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data.manifest import Manifest
 from data.randomness import numpy_generator, permuted_index
 from data.video import VideoReadError, to_float
-from dit.vae import VideoVAE
+from dit.vae import VAE
 from train.clips import read_row
 from train.config import DataConfig
 from train.distributed import Ranks
@@ -39,9 +39,12 @@ _log = logging.getLogger(__name__)
 
 
 def hash_weights(module: torch.nn.Module) -> str:
-    """Sixteen hex digits of names, shapes and bits of all weights and buffers."""
+    """Sixteen hex digits of names, shapes and bits of all buffers and weights not in training."""
     digest = hashlib.sha256()
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
     for name, value in sorted(module.state_dict().items()):
+        if name in trained:
+            continue
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -81,7 +84,7 @@ class LatentCache:
         self.folder, self.manifest, self.data, self.dtype = folder, manifest, data, dtype
         self.num_shards = -(-len(manifest.rows) // SHARD_ROWS)
 
-    def fingerprint(self, vae: VideoVAE) -> dict[str, str]:
+    def fingerprint(self, vae: VAE) -> dict[str, str]:
         """What the latents depend on, part by part."""
         data = self.data
         return {
@@ -108,7 +111,7 @@ class LatentCache:
     def shard(self, index: int) -> Path:
         return self.folder / f"shard-{index:05d}.safetensors"
 
-    def build(self, vae: VideoVAE, ranks: Ranks) -> None:
+    def build(self, vae: VAE, ranks: Ranks) -> None:
         """Makes the shards that are missing; every rank calls it and does its share.
 
         Raises:
@@ -162,7 +165,7 @@ class LatentCache:
         return range(len(self.manifest.rows))[index * SHARD_ROWS : (index + 1) * SHARD_ROWS]
 
     @torch.no_grad()
-    def _write_shard(self, index: int, vae: VideoVAE, device: torch.device, bar: tqdm[Any]) -> None:
+    def _write_shard(self, index: int, vae: VAE, device: torch.device, bar: tqdm[Any]) -> None:
         c, f, h, w = vae.latent_shape(self.data.num_frames, self.data.height, self.data.width)
         means, stds = [torch.empty(0, c, f, h, w)], [torch.empty(0, c, f, h, w)]
         rows: list[int] = []

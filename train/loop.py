@@ -66,7 +66,7 @@ def _train(config: RunConfig, data: TrainData, recipe: Recipe, ranks: Ranks) -> 
     """`train`, once the run's folder is its own."""
     state, frozen = fresh_state(recipe, config.train), hash_frozen(recipe)
     start_step, saved = resume(config, data, state, frozen, ranks)
-    if start_step == config.train.steps and exported_step(config.out) == start_step:
+    if start_step == config.train.steps and exported_step(recipe.export_folder) == start_step:
         if ranks.is_main:
             print(f"{config.out}: all {start_step} steps are done already")
         return
@@ -99,7 +99,7 @@ def _train(config: RunConfig, data: TrainData, recipe: Recipe, ranks: Ranks) -> 
     unread = run.all_unread()
     if unread:
         log.say(describe_unread(unread))
-    log.say(f"{config.out / 'model'}: exported after {config.train.steps} steps")
+    log.say(f"{recipe.export_folder}: exported after {config.train.steps} steps")
     log.close()
 
 
@@ -278,5 +278,5 @@ class Run:
             "git_commit": git_commit(),
         }
         with self.state.ema.applied(), torch.compiler.set_stance("force_eager"):
-            self.recipe.export(self.config.out / "model", provenance)
+            self.recipe.export(self.recipe.export_folder, provenance)
         self.ranks.barrier()

@@ -63,8 +63,13 @@ class Recipe(nn.Module, ABC):
         """The networks by name, for counting parameters."""
 
     def frozen(self) -> dict[str, nn.Module]:
-        """The networks that training reads and never changes, by name."""
+        """The networks that training reads and never changes, by name; they may hold adapters."""
         return {}
+
+    @property
+    def export_folder(self) -> Path:
+        """Where `export` writes."""
+        return self.config.out / "model"
 
     @abstractmethod
     def load_validation(self) -> int:
@@ -104,7 +109,7 @@ class Recipe(nn.Module, ABC):
 
     @abstractmethod
     def export(self, folder: Path, provenance: dict[str, Any]) -> None:
-        """Writes the model folder. All ranks call it; the main one writes."""
+        """Writes the model folder, or what else is kept. All ranks call it; the main one writes."""
 
 
 def counted_noise(

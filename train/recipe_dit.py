@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -15,19 +15,22 @@ from torch.utils.data import Dataset
 
 from data.randomness import numpy_generator
 from data.video import to_float, to_uint8
+from dit.objective import Objective
 from dit.text import TextEncoder
 from dit.transformer import DiT
-from sample.model import Model, load_model, save_model
+from sample.model import Model, ModelInfo, load_model, save_model
 from sample.pipeline import TextToVideo
 from train.clips import TrainingClips, read_rows
 from train.config import DiTRecipeConfig, RunConfig
 from train.distributed import Ranks
 from train.latents import CachedLatents, LatentCache
+from train.lora import add_adapters, export_lora
 from train.recipe import Batch, Recipe, TrainData, counted_noise, counted_uniform
 from train.text_checkpoint import load_text_weights
 
 NUM_T_BINS = 10
-_CHUNK = 32  # clips per forward pass when validating
+# Clips per forward pass when validating or sampling, and the pixels that make them fewer.
+_CHUNK, _CHUNK_CELLS = 32, 64 * 9 * 32 * 32
 
 
 @lru_cache(maxsize=2)
@@ -46,55 +49,144 @@ class ValidationSet:
     ids: Tensor
     shuffled_ids: Tensor
 
-    def parts(self) -> Iterator[ValidationSet]:
-        """Pieces of at most _CHUNK clips."""
-        for first in range(0, len(self.rows), _CHUNK):
-            cut = slice(first, first + _CHUNK)
+    def parts(self, size: int) -> Iterator[ValidationSet]:
+        """Pieces of at most `size` clips."""
+        for first in range(0, len(self.rows), size):
+            cut = slice(first, first + size)
             yield ValidationSet(
                 self.rows[cut], self.latents[cut], self.ids[cut], self.shuffled_ids[cut]
             )
 
 
-def _bin_t(k: int) -> float:
-    """The noise level in the middle of bin k."""
-    return (k + 0.5) / NUM_T_BINS
+def share_below(objective: Objective, t: float, num_tokens: int) -> float:
+    """The share of the objective's training noise levels below t: the inverse of its `sample_t`."""
+    if not 0 < t < 1:
+        return float(t >= 1)
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        u = torch.tensor([middle], dtype=torch.float64)
+        if objective.sample_t(u, num_tokens).item() < t:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 class DiTRecipe(Recipe):
-    """One objective, a DiT and a text encoder (trained with it, or frozen); the VAE is frozen."""
+    """One objective, a DiT and a text encoder (trained with it, or frozen); the VAE is frozen.
+
+    From nothing but a VAE, or from the model in recipe.init: then all of its DiT is trained, or the
+    adapters of recipe.lora, or one of its two experts on that expert's range of t.
+    """
 
     def __init__(self, config: RunConfig, data: TrainData, ranks: Ranks) -> None:
         super().__init__(config, data, ranks)
         assert isinstance(config.recipe, DiTRecipeConfig)
         self.options, clip = config.recipe, config.data
-        self.objective = config.recipe.objective
-        source = load_model(config.recipe.vae)
-        self.vae = source.vae.requires_grad_(False).eval()
-        if source.info.fps != clip.fps:
-            raise ValueError(
-                f"data.fps={clip.fps:g} but the VAE in {config.recipe.vae} was trained at "
-                f"{source.info.fps:g}; use the same"
-            )
+        # A plain attribute: an expert that is not trained stays out of this module, and on the CPU.
+        self._start = self._fresh() if self.options.init is None else self._from_init()
+        assert self._start.text is not None
+        assert self._start.objective is not None
+        self.vae, self.text = self._start.vae, self._start.text
+        self.objective = self.options.objective or self._start.objective
+        low = self.options.expert == "low"
+        dit = self._start.dit_low_noise if low else self._start.dit
+        assert dit is not None
+        self.dit = dit
         self.latent_shape = self.vae.latent_shape(clip.num_frames, clip.height, clip.width)
-        self.text = TextEncoder(config.recipe.text.resolve())
-        if config.recipe.text.checkpoint is not None:
-            load_text_weights(self.text, config.recipe.text.checkpoint)
-        self.dit = DiT(config.recipe.dit.resolve(self.latent_shape[0], self.text.width))
         patch = self.dit.config.patch_size
         if any(size % p for size, p in zip(self.latent_shape[1:], patch)):
+            change = "data.* or recipe.dit.patch_size" if self.options.init is None else "data.*"
             raise ValueError(
                 f"latents of {'x'.join(map(str, self.latent_shape[1:]))} do not divide into "
-                f"patches of {'x'.join(map(str, patch))}; change data.* or recipe.dit.patch_size"
+                f"patches of {'x'.join(map(str, patch))}; change {change}"
             )
+        boundary = self._start.expert_boundary or 0.0
+        self.t_range = (0.0, boundary) if low else (boundary, 1.0)
+        first, last = (share_below(self.objective, t, self.num_tokens()) for t in self.t_range)
+        self._first_share, self._share = first, last - first
+        self._chunk = _CHUNK_CELLS // (clip.num_frames * clip.height * clip.width)
+        self._chunk = min(max(1, self._chunk), _CHUNK)
         self._token_ids: dict[str, Tensor] = {}
         self._validation: ValidationSet | None = None
+
+    def _fresh(self) -> Model:
+        """A model with a trained VAE, the rest of it new."""
+        options, clip = self.options, self.config.data
+        assert options.vae is not None
+        assert options.dit is not None
+        assert options.text is not None
+        source = load_model(options.vae, vae_only=True)
+        if source.info.fps != clip.fps:
+            raise ValueError(
+                f"data.fps={clip.fps:g} but the VAE in {options.vae} was trained at "
+                f"{source.info.fps:g}; use the same"
+            )
+        vae = source.vae.float()
+        channels = vae.latent_shape(clip.num_frames, clip.height, clip.width)[0]
+        text = TextEncoder(options.text.resolve())
+        if options.text.checkpoint is not None:
+            load_text_weights(text, options.text.checkpoint)
+        dit = DiT(options.dit.resolve(channels, text.width))
+        return Model(vae, self.model_info({}), dit, text, options.objective)
+
+    def _from_init(self) -> Model:
+        """The model in recipe.init, with gradients and in float32 where it is trained.
+
+        Raises:
+            ValueError: it has no DiT, or recipe.expert does not fit it; or there is no peft.
+        """
+        options = self.options
+        assert options.init is not None
+        model = load_model(options.init)
+        if model.dit is None or model.text is None:
+            raise ValueError(
+                f"recipe.init={options.init} holds a VAE alone; give a model with a DiT, or this one "
+                "as recipe.vae with recipe.dit, recipe.text and recipe.objective"
+            )
+        if (model.dit_low_noise is None) != (options.expert is None):
+            raise ValueError(
+                f"recipe.expert={options.expert}, but {options.init} has one DiT; leave it out"
+                if options.expert is not None
+                else f"{options.init} has two experts; set recipe.expert=high (t from 1 to "
+                f"{model.expert_boundary:g}) or low (below)"
+            )
+        # The VAE works in float32 whatever the autocast; a frozen base only where all does.
+        model.vae.float()
+        dit = model.dit_low_noise if options.expert == "low" else model.dit
+        assert dit is not None
+        if options.lora is None or self.config.train.dtype == "float32":
+            dit.float()
+        if options.lora is not None:
+            add_adapters(dit, options.lora)
+        else:
+            dit.requires_grad_(True)
+            if model.text.config.trainable:
+                model.text.float().requires_grad_(True)
+        dit.train()
+        return model
+
+    def model_info(self, provenance: dict[str, Any]) -> ModelInfo:
+        info = super().model_info(provenance)
+        if self.options.init is None:
+            return info
+        origin = {**provenance, "init": str(self.options.init)}
+        knows_images = self._start.info.image_to_video
+        return info.model_copy(update={"provenance": origin, "image_to_video": knows_images})
 
     def parts(self) -> dict[str, nn.Module]:
         return {"dit": self.dit, "text": self.text, "vae (frozen)": self.vae}
 
     def frozen(self) -> dict[str, nn.Module]:
-        text = {} if self.options.text.trainable else {"text encoder": self.text}
-        return {"VAE": self.vae, **text}
+        text_trains = any(p.requires_grad for p in self.text.parameters())
+        text = {} if text_trains else {"text encoder": self.text}
+        base = {} if self.options.lora is None else {"DiT": self.dit}
+        return {"VAE": self.vae, **text, **base}
+
+    @property
+    def export_folder(self) -> Path:
+        return self.config.out / ("model" if self.options.lora is None else "lora")
 
     def load_validation(self) -> int:
         return len(self._validation_set().rows)
@@ -128,10 +220,11 @@ class DiTRecipe(Recipe):
         position = torch.tensor(g) - step * batch_size
         stratum = strata(seed, step, batch_size)[position]
         uniform = (stratum + counted_uniform(seed, "t", g)) / batch_size
+        uniform = self._first_share + self._share * uniform  # the expert's part of the distribution
         dropped = counted_uniform(seed, "caption-dropout", g) < self.options.caption_dropout
         captions = ["" if drop else text for drop, text in zip(dropped, items["captions"])]
         batch = {
-            "t": self.objective.sample_t(uniform).to(device),
+            "t": self.objective.sample_t(uniform, self.num_tokens()).to(device),
             "ids": self.tokenize(captions).to(device),
             "noise": counted_noise(seed, "noise", g, self.latent_shape, device),
         }
@@ -177,7 +270,7 @@ class DiTRecipe(Recipe):
             x_0 = self.encode(batch["video"], batch["posterior_noise"])
         noise, t = batch["noise"], batch["t"]
         x_t = self.objective.add_noise(x_0, noise, t)
-        pred = self.dit(x_t, t, *self.text(batch["ids"]))
+        pred = self.dit(x_t, self.objective.network_t(t), *self.text(batch["ids"]))
         return self.objective.loss(pred, x_0, noise, t).mean(dim=1), {}
 
     def _validation_set(self) -> ValidationSet:
@@ -187,7 +280,8 @@ class DiTRecipe(Recipe):
             count = min(self.config.logging.num_val_clips, len(manifest.rows))
             share = range(self.ranks.rank, count, self.ranks.world_size)
             rows, video = read_rows(manifest, share, self.config.data)
-            parts = [self.encode(part.to(device)) for part in video.split(_CHUNK) if len(part)]
+            pieces = video.split(self._chunk)
+            parts = [self.encode(piece.to(device)) for piece in pieces if len(piece)]
             latents = torch.cat([torch.empty(0, *self.latent_shape, device=device), *parts])
             right = [manifest.rows[row].captions[0] for row in rows]
             wrong = [manifest.rows[(row + count // 2) % count].captions[0] for row in rows]
@@ -195,20 +289,29 @@ class DiTRecipe(Recipe):
             self._validation = ValidationSet(rows, latents, ids, shuffled_ids)
         return self._validation
 
+    def _bin_t(self, k: int) -> float:
+        """The noise level in the middle of bin k."""
+        low, high = self.t_range
+        return low + (high - low) * (k + 0.5) / NUM_T_BINS
+
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Per noise level, on noise that never changes: the loss, and the error of the predicted
         x_0 with the right and with shuffled captions. Where the two part, the text is used."""
         sums = torch.zeros(NUM_T_BINS, 4, dtype=torch.float64, device=self.ranks.device)
         for k in range(NUM_T_BINS):
-            for part in self._validation_set().parts():
+            for part in self._validation_set().parts(self._chunk):
                 noise = counted_noise(
                     0, f"validation-{k}", part.rows, self.latent_shape, self.ranks.device
                 )
-                x_0, t = part.latents, torch.full_like(part.latents[:, 0, 0, 0, 0], _bin_t(k))
-                x_t = self.objective.add_noise(x_0, noise, t)
+                x_0 = part.latents
+                t = torch.full_like(x_0[:, 0, 0, 0, 0], self._bin_t(k))
+                x_t, network_t = (
+                    self.objective.add_noise(x_0, noise, t),
+                    self.objective.network_t(t),
+                )
                 preds = [
-                    self.dit(x_t, t, *self.text(ids)).float()
+                    self.dit(x_t, network_t, *self.text(ids)).float()
                     for ids in (part.ids, part.shuffled_ids)
                 ]
                 sums[k, 0] += self.objective.loss(preds[0], x_0, noise, t).mean(dim=1).sum()
@@ -221,12 +324,12 @@ class DiTRecipe(Recipe):
         figures = {"val/loss": means[:, 0].mean().item()}
         for column, name in enumerate(("loss", "x_0_error", "x_0_error_shuffled")):
             for k in range(NUM_T_BINS):
-                figures[f"val/{name}/t={_bin_t(k):.2f}"] = means[k, column].item()
+                figures[f"val/{name}/t={self._bin_t(k):.2f}"] = means[k, column].item()
         return figures
 
     def _model(self, provenance: dict[str, Any]) -> Model:
         info = self.model_info(provenance)
-        return Model(self.vae, info, self.dit, self.text, self.objective)
+        return replace(self._start, info=info, objective=self.objective)
 
     def samples(self) -> dict[str, Tensor]:
         logging, clip = self.config.logging, self.config.data
@@ -236,20 +339,36 @@ class DiTRecipe(Recipe):
             prompts = [row.captions[0] for row in self.data.validation.rows[:count]]
         if not prompts:
             return {}
-        videos = TextToVideo(self._model({}), self.ranks.device)(
-            prompts,
-            frames=clip.num_frames,
-            height=clip.height,
-            width=clip.width,
-            steps=logging.sample_steps,
-            guidance=logging.guidance,
-            seeds=list(range(len(prompts))),
+        half = self.config.train.dtype == "bfloat16"
+        pipeline = TextToVideo(
+            self._model({}), self.ranks.device, dtype=torch.bfloat16 if half else torch.float32
         )
+        videos = []
+        for first in range(0, len(prompts), self._chunk):
+            part = prompts[first : first + self._chunk]
+            videos += pipeline(
+                part,
+                frames=clip.num_frames,
+                height=clip.height,
+                width=clip.width,
+                steps=logging.sample_steps,
+                guidance=logging.guidance,
+                seeds=list(range(first, first + len(part))),
+            )
+        for expert in (self._start.dit, self._start.dit_low_noise):
+            if expert is not None and expert is not self.dit:
+                expert.to("cpu")  # only sampling needs it
         return {f"{n}-{_slug(p)}": to_uint8(v) for n, (p, v) in enumerate(zip(prompts, videos))}
 
     def export(self, folder: Path, provenance: dict[str, Any]) -> None:
-        if self.ranks.is_main:
+        if not self.ranks.is_main:
+            return
+        if self.options.lora is None:
             save_model(folder, self._model(provenance))
+        else:
+            about = {"base": str(self.options.init), "expert": self.options.expert}
+            about = {name: value for name, value in about.items() if value is not None}
+            export_lora(folder, self.dit, self.options.lora, {**about, "provenance": provenance})
 
 
 def _slug(prompt: str) -> str:

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from data.manifest import read_manifest
 from data.randomness import stream_seed
-from sample.model import load_model
+from sample.lora import lora_step
+from sample.model import read_model_file
 from train import checkpoint
 from train.checkpoint import TrainState
 from train.config import RunConfig, TrainConfig, VAERecipeConfig, differing_key
@@ -143,7 +144,7 @@ def _lock(file: IO[str]) -> bool:
 
 
 def hash_frozen(recipe: Recipe) -> dict[str, str]:
-    """Hashes of the networks that checkpoints do not hold, by name."""
+    """Hashes of the networks that checkpoints do not hold, by name; without adapters in them."""
     return {name: hash_weights(module) for name, module in recipe.frozen().items()}
 
 
@@ -239,12 +240,12 @@ def git_commit() -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
-def exported_step(out: Path) -> int | None:
-    """After how many steps the run's model folder was written; None when there is none."""
-    if not (out / "model").is_dir():
-        return None
-    step = load_model(out / "model").info.provenance.get("step")
-    return step if isinstance(step, int) else None
+def exported_step(folder: Path) -> int | None:
+    """After how many steps a run's export was written; None when there is none."""
+    if (folder / "model.yaml").is_file():
+        step = read_model_file(folder).info.provenance.get("step")
+        return step if isinstance(step, int) else None
+    return lora_step(folder)
 
 
 def write_text(path: Path, text: str) -> None:
