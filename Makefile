@@ -35,6 +35,8 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.dit_step
+	$(BIN)/python -m benchmarks.wan_step
+	$(BIN)/python -m benchmarks.feature_reuse
 
 clean:
 	rm -rf $(VENV) build *.egg-info
