@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from dit.guidance import GuidanceConfig
     from sample.pipeline import TextToVideo
 
-MAX_BATCH_CELLS = 64 * 9 * 32 * 32  # pixels sampled at once on a CPU before a batch is split
-
 
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line; blank lines and lines that start with # are left out.
@@ -252,7 +250,7 @@ def sample(
 
     from data.video import parse_size
     from sample.lora import parse_lora
-    from sample.pipeline import TextToVideo
+    from sample.pipeline import MAX_BATCH_CELLS, TextToVideo
 
     height, width = (None, None) if size is None else parse_size(size)
     loras, loras_low = ([parse_lora(text) for text in given or ()] for given in (lora, lora_low))

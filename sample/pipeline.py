@@ -17,6 +17,7 @@ from dit.samplers import Denoiser, SamplerName, run_sampler
 from sample.lora import LoRA, add_loras
 from sample.model import Model, load_model
 
+MAX_BATCH_CELLS = 64 * 9 * 32 * 32  # pixels of a batch, above which callers split it
 _MAX_CACHED_TEXTS = 64  # 8 MB each for Wan's text encoder
 
 

@@ -141,6 +141,8 @@ def load_checkpoint(path: Path, state: TrainState, ranks: Ranks) -> None:
     try:
         with _quiet():
             load(tensors, checkpoint_id=path, no_dist=ranks.mesh is None)
+    except (torch.OutOfMemoryError, PermissionError):  # nothing that deleting it would mend
+        raise
     except _DAMAGES as error:
         raise damaged(path) from error
     set_optimizer_state_dict(state.recipe, state.optimizer, tensors["optimizer"])

@@ -22,6 +22,12 @@ def _layers(config: LoRAConfig) -> list[str]:
     return [layer for t in targets for layer in (_MLP if t == "mlp" else (t,))]
 
 
+def _settings(config: LoRAConfig, targets: list[str]) -> dict[str, Any]:
+    """peft's settings; alpha is the rank unless given, so that the adapters come in as they are."""
+    alpha = config.rank if config.alpha is None else config.alpha
+    return {"r": config.rank, "lora_alpha": alpha, "target_modules": targets}
+
+
 def add_adapters(dit: DiT, config: LoRAConfig) -> None:
     """Freezes a DiT and puts adapters into its blocks, in place; they are all that is trained.
 
@@ -36,10 +42,9 @@ def add_adapters(dit: DiT, config: LoRAConfig) -> None:
         raise ValueError(
             f"recipe.lora needs peft: pip install 'zoetrope[lora]' ({error})"
         ) from error
-    alpha = config.rank if config.alpha is None else config.alpha
-    settings: Any = {"r": config.rank, "lora_alpha": alpha, "target_modules": _layers(config)}
     dit.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(**settings), dit, adapter_name=_ADAPTER)
+    settings = LoraConfig(**_settings(config, _layers(config)))
+    inject_adapter_in_model(settings, dit, adapter_name=_ADAPTER)
     for parameter in dit.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -61,6 +66,9 @@ def export_lora(folder: Path, dit: DiT, config: LoRAConfig, about: dict[str, Any
     # As diffusers' own training scripts put it: the ends of names, the same in every block.
     ends = dict.fromkeys(layer.split(".", 2)[2].removeprefix("attn1.") for layer in layers)
     targets = [end for end in ends if not end.startswith("attn2.")]
-    alpha = config.rank if config.alpha is None else config.alpha
-    settings = {"r": config.rank, "lora_alpha": alpha, "target_modules": targets}
-    save_lora(folder, weights, settings, {"lora": config.model_dump(mode="json"), **about})
+    save_lora(
+        folder,
+        weights,
+        _settings(config, targets),
+        {"lora": config.model_dump(mode="json"), **about},
+    )

@@ -19,7 +19,7 @@ from dit.objective import Objective
 from dit.text import TextEncoder
 from dit.transformer import DiT
 from sample.model import Model, ModelInfo, load_model, save_model
-from sample.pipeline import TextToVideo
+from sample.pipeline import MAX_BATCH_CELLS, TextToVideo
 from train.clips import TrainingClips, read_rows
 from train.config import DiTRecipeConfig, RunConfig
 from train.distributed import Ranks
@@ -29,8 +29,7 @@ from train.recipe import Batch, Recipe, TrainData, counted_noise, counted_unifor
 from train.text_checkpoint import load_text_weights
 
 NUM_T_BINS = 10
-# Clips per forward pass when validating or sampling, and the pixels that make them fewer.
-_CHUNK, _CHUNK_CELLS = 32, 64 * 9 * 32 * 32
+_CHUNK = 32  # clips per forward pass when validating or sampling; large ones are fewer
 
 
 @lru_cache(maxsize=2)
@@ -106,7 +105,7 @@ class DiTRecipe(Recipe):
         self.t_range = (0.0, boundary) if low else (boundary, 1.0)
         first, last = (share_below(self.objective, t, self.num_tokens()) for t in self.t_range)
         self._first_share, self._share = first, last - first
-        self._chunk = _CHUNK_CELLS // (clip.num_frames * clip.height * clip.width)
+        self._chunk = MAX_BATCH_CELLS // (clip.num_frames * clip.height * clip.width)
         self._chunk = min(max(1, self._chunk), _CHUNK)
         self._token_ids: dict[str, Tensor] = {}
         self._validation: ValidationSet | None = None
