@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data.manifest import read_manifest
 from data.video import VideoReader, VideoReadError, clip_times
-from data.workers import interrupts_blocked
+from data.workers import interrupts_deferred
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _verdicts(
         return
     with ProcessPoolExecutor(workers) as pool:
         paths, starts, ends = zip(*pieces, strict=True)
-        with interrupts_blocked():
+        with interrupts_deferred():
             verdicts = pool.map(
                 check_clip, paths, starts, ends, [wanted] * len(pieces), chunksize=8
             )

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data.randomness import numpy_generator
 from data.video_write import write_video
-from data.workers import interrupts_blocked
+from data.workers import interrupts_deferred
 from data.world import Scene, check_arguments, make_scene
 from data.world_captions import captions
 from data.world_render import render
@@ -112,9 +112,11 @@ def write_world(out: str | os.PathLike[str], spec: WorldSpec, workers: int | Non
         folder.mkdir(parents=True, exist_ok=True)
     chunks = [missing[i : i + _CHUNK] for i in range(0, len(missing), _CHUNK)]
     workers = min(os.cpu_count() or 1 if workers is None else workers, len(chunks))
-    with tqdm(
-        total=spec.clips, initial=spec.clips - len(missing), unit="clip", desc="world"
-    ) as progress:
+    with interrupts_deferred():  # a bar that is only half made complains when it goes
+        progress = tqdm(
+            total=spec.clips, initial=spec.clips - len(missing), unit="clip", desc="world"
+        )
+    with progress:
         for done in _render_chunks(out, spec, chunks, workers):
             progress.update(done)
     lines = (json.dumps(manifest_row(spec, index)) + "\n" for index in range(spec.clips))
@@ -181,7 +183,7 @@ def _render_chunks(
     # Spawned, not forked: the caller may have threads, and a fork copies their locks.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        with interrupts_blocked():
+        with interrupts_deferred():
             waiting = {pool.submit(_render_clips, out, spec, chunk) for chunk in chunks}
         try:
             while waiting:
