@@ -73,6 +73,18 @@ def gated_add(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(residual, update, gate[:, :, None]).flatten(1, 2)
 
 
+class GELU(nn.Module):
+    """x Phi(x), with the tanh approximation of Phi (Hendrycks & Gimpel 2016, section 2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return F.gelu(x, approximate="tanh")
+        # (1 + tanh u) / 2 is the sigmoid of 2 u, whose compiled kernel is three times as quick.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        double_u = wide * (1 + 0.044715 * wide * wide) * math.sqrt(8 / math.pi)
+        return (wide * double_u.sigmoid()).to(x.dtype)
+
+
 class _RMSNorm(torch.autograd.Function):
     """x / rms(x) * gain in float32, for CPUs: torch has no kernel of its own there, and its chain of
     steps goes through memory twice as often."""

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
-from timm.layers.activations import GELUTanh
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from dit.attention import Backend, Segments
 from dit.layers import (
+    GELU,
     Attention,
     KeysValues,
     gated_add,
@@ -100,7 +100,7 @@ class Block(nn.Module):
         self.norm_2 = nn.LayerNorm(dim, eps)
         self.cross_attention = Attention(dim, config.num_heads, eps)
         self.norm_3 = nn.LayerNorm(dim, eps, elementwise_affine=False)
-        self.mlp = Mlp(dim, config.mlp_dim, act_layer=GELUTanh)
+        self.mlp = Mlp(dim, config.mlp_dim, act_layer=GELU)
 
     def forward(
         self,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from dit.layers import RMSNorm, modulate, rotary_table, rotate
+from dit.layers import GELU, RMSNorm, modulate, rotary_table, rotate
 from dit.transformer import DiT, DiTConfig
 
 
@@ -170,6 +170,15 @@ def test_rms_norm_of_bfloat16_is_rounded_once():
     y.sum().backward()
     assert x.grad.dtype is torch.bfloat16
     assert norm.weight.grad.dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_is_the_same_compiled(dtype):
+    x = torch.linspace(-20, 20, 4001, dtype=dtype, requires_grad=True)
+    compiled = torch.compile(GELU(), backend="eager", fullgraph=True)
+    results = [(gelu(x), *torch.autograd.grad(gelu(x).sum(), x)) for gelu in (compiled, GELU())]
+    tolerance = 4e-6 if dtype is torch.float32 else 2**-8  # half a unit of bfloat16
+    torch.testing.assert_close(*results, atol=tolerance, rtol=tolerance)
 
 
 def test_rotation_is_the_same_compiled():
