@@ -275,6 +275,7 @@ def load_model(
     """Reads a model folder, in eval mode, without gradients.
 
     Args:
+        device: meta for shapes and dtypes alone, which reads no weights.
         dtype: None for the weights as stored; float32 for all of them; a smaller one for those that
             autocast to it would convert at every call, the matrices in the blocks of the DiT and
             of a umT5: the same results in half the memory.

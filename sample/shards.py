@@ -191,7 +191,8 @@ def load_part(
     The tensors take the place of the network's own, in their own dtype.
 
     Args:
-        cast: name and tensor to the tensor that is kept, on the CPU.
+        device: meta for names, shapes and dtypes alone: no weights are read.
+        cast: name and tensor to the tensor that is kept, before it goes to the device.
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged or does not fit the network.
@@ -199,7 +200,9 @@ def load_part(
     wanted, first = set(part.state_dict()), folder / f"{stem}.safetensors"
     for path in part_files(folder, stem):
         try:
-            weights = load_file(path)
+            weights = load_file(path)  # mapped: bytes are read when they are used
+            if torch.device(device).type == "meta":
+                weights = {name: value.to(device) for name, value in weights.items()}
             if cast is not None:
                 weights = {name: cast(name, value) for name, value in weights.items()}
             weights = {name: value.to(device) for name, value in weights.items()}

@@ -26,9 +26,8 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
 
 def flops_per_sample(recipe: Recipe) -> int:
     """Multiplications and additions of one sample's forward and backward pass, in matrix products
-    and convolutions; without a latent cache, of the frozen VAE's encoder too. Leaves the recipe's
-    weights on the meta device."""
-    recipe.to("meta")
+    and convolutions; without a latent cache, of the frozen VAE's encoder too. The recipe is on the
+    meta device."""
     with FlopCounterMode(display=False) as counter:
         losses, _ = recipe(recipe.example_batch(1, "meta"))
         losses.sum().backward()
@@ -44,9 +43,8 @@ def plan(config: RunConfig) -> str:
     """
     data = open_data(config)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    eager = config.train.model_copy(update={"compile": False})  # nothing here runs
     ranks = Ranks(0, world_size, torch.device("cpu"), None)
-    recipe = build_recipe(config.model_copy(update={"train": eager}), data, ranks)
+    recipe = build_recipe(config, data, ranks, on_meta=True)
     batch_size = config.train.batch_size
     micro = micro_batch_size(batch_size, config.train.grad_accum, world_size)
     lines = [dump_config(config)]

@@ -39,9 +39,14 @@ class Recipe(nn.Module, ABC):
     and inside DistributedDataParallel.
     """
 
-    def __init__(self, config: RunConfig, data: TrainData, ranks: Ranks) -> None:
+    def __init__(
+        self, config: RunConfig, data: TrainData, ranks: Ranks, weights_device: torch.device
+    ) -> None:
+        """Weights are made or read on the CPU, where fresh ones depend on the seed alone, and moved
+        afterwards; or on the meta device, by a recipe that is there to be counted."""
         super().__init__()
         self.config, self.data, self.ranks = config, data, ranks
+        self.weights_device = weights_device
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters in training, by name."""

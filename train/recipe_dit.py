@@ -79,8 +79,10 @@ class DiTRecipe(Recipe):
     adapters of recipe.lora, or one of its two experts on that expert's range of t.
     """
 
-    def __init__(self, config: RunConfig, data: TrainData, ranks: Ranks) -> None:
-        super().__init__(config, data, ranks)
+    def __init__(
+        self, config: RunConfig, data: TrainData, ranks: Ranks, weights_device: torch.device
+    ) -> None:
+        super().__init__(config, data, ranks, weights_device)
         assert isinstance(config.recipe, DiTRecipeConfig)
         self.options, clip = config.recipe, config.data
         # A plain attribute: an expert that is not trained stays out of this module, and on the CPU.
@@ -116,7 +118,7 @@ class DiTRecipe(Recipe):
         assert options.vae is not None
         assert options.dit is not None
         assert options.text is not None
-        source = load_model(options.vae, vae_only=True)
+        source = load_model(options.vae, self.weights_device, vae_only=True)
         if source.info.fps != clip.fps:
             raise ValueError(
                 f"data.fps={clip.fps:g} but the VAE in {options.vae} was trained at "
@@ -124,10 +126,11 @@ class DiTRecipe(Recipe):
             )
         vae = source.vae.float()
         channels = vae.latent_shape(clip.num_frames, clip.height, clip.width)[0]
-        text = TextEncoder(options.text.resolve())
+        with self.weights_device:
+            text = TextEncoder(options.text.resolve())
+            dit = DiT(options.dit.resolve(channels, text.width))
         if options.text.checkpoint is not None:
             load_text_weights(text, options.text.checkpoint)
-        dit = DiT(options.dit.resolve(channels, text.width))
         return Model(vae, self.model_info({}), dit, text, options.objective)
 
     def _from_init(self) -> Model:
@@ -138,7 +141,7 @@ class DiTRecipe(Recipe):
         """
         options = self.options
         assert options.init is not None
-        model = load_model(options.init)
+        model = load_model(options.init, self.weights_device)
         if model.dit is None or model.text is None:
             raise ValueError(
                 f"recipe.init={options.init} holds a VAE alone; give a model with a DiT, or this one "
@@ -158,7 +161,8 @@ class DiTRecipe(Recipe):
         if options.lora is None or self.config.train.dtype == "float32":
             dit.float()
         if options.lora is not None:
-            add_adapters(dit, options.lora)
+            with self.weights_device:
+                add_adapters(dit, options.lora)
         else:
             dit.requires_grad_(True)
             if model.text.config.trainable:

@@ -33,11 +33,14 @@ class VAERecipe(Recipe):
     exported; training itself works on latents as the encoder gives them.
     """
 
-    def __init__(self, config: RunConfig, data: TrainData, ranks: Ranks) -> None:
-        super().__init__(config, data, ranks)
+    def __init__(
+        self, config: RunConfig, data: TrainData, ranks: Ranks, weights_device: torch.device
+    ) -> None:
+        super().__init__(config, data, ranks, weights_device)
         assert isinstance(config.recipe, VAERecipeConfig)
         self.options = config.recipe
-        self.vae = VideoVAE(config.recipe.vae)
+        with self.weights_device:
+            self.vae = VideoVAE(config.recipe.vae)
         clip = config.data
         self.latent_shape = self.vae.latent_shape(clip.num_frames, clip.height, clip.width)
         self._validation: Tensor | None = None

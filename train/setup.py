@@ -48,16 +48,22 @@ def open_data(config: RunConfig) -> TrainData:
     return TrainData(train, validation)
 
 
-def build_recipe(config: RunConfig, data: TrainData, ranks: Ranks) -> Recipe:
+def build_recipe(
+    config: RunConfig, data: TrainData, ranks: Ranks, *, on_meta: bool = False
+) -> Recipe:
     """The recipe on its device, its fresh weights a function of the seed.
 
+    Args:
+        on_meta: leave it on the meta device, without weights, to be counted.
     Raises:
         ValueError: the global batch does not divide, or the recipe's parts do not fit together.
     """
     micro_batch_size(config.train.batch_size, config.train.grad_accum, ranks.world_size)
     torch.manual_seed(stream_seed(config.seed, "weights"))
     kind = VAERecipe if isinstance(config.recipe, VAERecipeConfig) else DiTRecipe
-    recipe = kind(config, data, ranks).to(ranks.device)
+    if on_meta:
+        return kind(config, data, ranks, torch.device("meta")).to("meta")
+    recipe = kind(config, data, ranks, torch.device("cpu")).to(ranks.device)
     if config.train.compile:
         compile_blocks(recipe, optional=config.train.compile == "auto")
     return recipe

@@ -1,6 +1,8 @@
 """Training that starts from a model: imported from Wan or our own, all of it or adapters."""
 
 import importlib.util
+import json
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from data.world_files import WorldSpec, write_world
 from dit.objective import DDPM, FlowMatching
+from dit.transformer import DiT, DiTConfig
 from sample.lora import WEIGHTS
 from sample.model import load_model, save_model
 from sample.wan_import import import_wan
@@ -22,6 +25,7 @@ from train.cli import main
 from train.config_file import ConfigError, load_config
 from train.logs import read_log
 from train.loop import train
+from train.plan import plan
 from train.recipe_dit import share_below
 
 _spec = importlib.util.spec_from_file_location(
@@ -363,3 +367,37 @@ def test_dry_run_of_the_config_for_wan(wan, clips, tmp_path, capsys):
     assert f"({trained:,} trained)" in next(x for x in lines if x.startswith("dit parameters"))
     flops = next(line for line in lines if line.startswith("FLOPs per step"))
     assert float(flops.split()[3]) > 1e8
+
+
+def test_a_dry_run_reads_no_weights(wan, clips, tmp_path):
+    """Of a DiT of 2.9 GB, whose file here has nothing but holes."""
+    folder = tmp_path / "large"
+    shutil.copytree(wan("t2v"), folder)
+    contents = yaml.safe_load((folder / "model.yaml").read_text())
+    contents["dit"].update(dim=5120, num_heads=40, mlp_dim=13824, num_blocks=2)
+    (folder / "model.yaml").write_text(yaml.safe_dump(contents))
+    with torch.device("meta"):
+        weights = DiT(DiTConfig(**contents["dit"])).state_dict()
+    header, end = {}, 0
+    for name, value in weights.items():
+        begin, end = end, end + 4 * value.numel()
+        shape = list(value.shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "dit.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    config = load_config(
+        CONFIG,
+        [
+            f"data.manifest={clips / 'manifest.jsonl'}",
+            f"recipe.init={folder}",
+            *("data.num_frames=5", "data.height=32", "data.width=32"),
+        ],
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lines = plan(config).splitlines()
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown * (1 if sys.platform == "darwin" else 1024) < 200e6
+    dit = next(line for line in lines if line.startswith("dit parameters"))
+    assert int(dit.split()[2].replace(",", "")) > 0.7e9
