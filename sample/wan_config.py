@@ -1,10 +1,12 @@
 """The settings of a diffusers folder of Wan 2.1 or 2.2, read and written.
 
-What changes the computation and is not supported is refused; what does not is left aside, as
-diffusers itself does with settings that a class does not know.
+What changes the computation and is not supported is refused. Settings that the networks' classes in
+diffusers don't know either are named and left aside, as diffusers does.
 """
 
 import json
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ from dit.umt5 import UMT5Config
 from dit.wan_vae import WanVAEConfig
 from sample.model import ModelInfo, SamplingDefaults
 
+_log = logging.getLogger(__name__)
 Config = TypeVar("Config", bound=BaseModel)
 
 NUM_TRAIN_TIMESTEPS = 1000  # dit.transformer.timestep_embedding has the same number
@@ -107,6 +110,13 @@ def _require(path: Path, settings: dict[str, Any], wanted: dict[str, Any], absen
             raise ValueError(f"{path}: {name} is {got}; only {value} is supported")
 
 
+def _name_unknown(path: Path, settings: dict[str, Any], known: Iterable[str]) -> None:
+    for name in sorted(settings.keys() - set(known)):
+        if not name.startswith("_"):
+            value = settings[name]
+            _log.warning("%s: %s=%s is no setting known here; left aside", path, name, value)
+
+
 def build(kind: type[Config], path: Path, values: dict[str, Any]) -> Config:
     """A config of ours from what a file says.
 
@@ -140,7 +150,7 @@ def read_transformer(path: Path) -> DiTConfig:
     _require(path, settings, _TRANSFORMER, _TRANSFORMER)
     heads = settings.get("num_attention_heads", 40)
     head_dim = settings.get("attention_head_dim", 128)
-    return build(
+    config = build(
         DiTConfig,
         path,
         {
@@ -155,6 +165,8 @@ def read_transformer(path: Path) -> DiTConfig:
             "eps": settings.get("eps", 1e-6),
         },
     )
+    _name_unknown(path, settings, transformer_json(config))
+    return config
 
 
 def transformer_json(config: DiTConfig) -> dict[str, Any]:
@@ -192,7 +204,9 @@ def read_vae(path: Path) -> WanVAEConfig:
     settings = read_json(path)
     _require_class(path, settings, "AutoencoderKLWan")
     known = {k: v for k, v in settings.items() if k in WanVAEConfig.model_fields and v is not None}
-    return build(WanVAEConfig, path, known)
+    config = build(WanVAEConfig, path, known)
+    _name_unknown(path, settings, vae_json(config))
+    return config
 
 
 def vae_json(config: WanVAEConfig) -> dict[str, Any]:
