@@ -104,6 +104,14 @@ def _grid(kind: str | None) -> Any:
     return grids[kind]()
 
 
+def _dtype(name: str) -> Any:
+    import torch
+
+    if name not in ("bfloat16", "float32"):
+        raise ValueError(f"--dtype {name}: use bfloat16 or float32")
+    return getattr(torch, name)
+
+
 def _guidance(pipeline: "TextToVideo", scale: float | None, **options: Any) -> "GuidanceConfig":
     """What the flags say; the scale as the model has it by default."""
     from dit.guidance import GuidanceConfig
@@ -240,6 +248,9 @@ def sample(
         Path | None, typer.Option(help="Also write a .png contact sheet of all videos.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16 or float32: what text encoder and DiT multiply in.")
+    ] = "bfloat16",
     compile_blocks: Annotated[
         bool, typer.Option("--compile", help="Compile the DiT; pays for long or many videos.")
     ] = False,
@@ -255,7 +266,12 @@ def sample(
     height, width = (None, None) if size is None else parse_size(size)
     loras, loras_low = ([parse_lora(text) for text in given or ()] for given in (lora, lora_low))
     pipeline = TextToVideo.from_folder(
-        model, device, compile_blocks=compile_blocks, lora=loras, lora_low=loras_low
+        model,
+        device,
+        dtype=_dtype(dtype),
+        compile_blocks=compile_blocks,
+        lora=loras,
+        lora_low=loras_low,
     )
     info = pipeline.info
     frames = info.num_frames if frames is None else frames

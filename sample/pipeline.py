@@ -68,7 +68,8 @@ class TextToVideo:
     videos = TextToVideo.from_folder("runs/demo/model")(["a red circle moving left"])
 
     Args:
-        dtype: that autocast multiplies in; float32 for none, and then the weights have to be.
+        dtype: that autocast multiplies in; float32 for none, and then the weights have to be. The
+            VAE works in float32 in any case, as in training.
         compile_blocks: torch.compile for each block of the DiT, which takes a while at first use.
     """
 
@@ -84,7 +85,7 @@ class TextToVideo:
             raise ValueError("this model folder holds a VAE alone; sampling needs a trained DiT")
         self.device, self.dtype = pick_device(device), dtype
         self.info, self.objective, self.sampling = model.info, model.objective, model.sampling
-        self.vae = model.vae.to(self.device)
+        self.vae = model.vae.float().to(self.device)
         self.text = model.text.to(self.device)
         self.dit = model.dit.to(self.device)
         self.experts = [self.dit]  # by falling noise level
@@ -220,6 +221,7 @@ class TextToVideo:
         seeds = list(range(count) if seeds is None else seeds)
         if len(seeds) != count:
             raise ValueError(f"{len(seeds)} seeds for {count} prompts; give one per prompt")
+        first = None if image is None else self._first_frame(image, count, *size[1:])
         with self._autocast():
             guided = [
                 guided_denoiser(
@@ -231,7 +233,6 @@ class TextToVideo:
             if len(guided) == 2:
                 assert self.expert_boundary is not None
                 denoise = two_experts(guided[0], guided[1], self.expert_boundary)
-            first = None if image is None else self._first_frame(image, count, *size[1:])
             held = torch.arange(shape[1], device=self.device) == 0
             if first is not None:
                 denoise = with_held_frames(denoise, first, held)
@@ -248,13 +249,12 @@ class TextToVideo:
                 noise=noise,
                 progress=None if progress is None else lambda step, _: progress(step),
             )
-            if first is not None:
-                latents = torch.where(held[:, None, None], first, latents)
-            self.work = _work(guided)
-            if output == "latents":
-                return latents.float().cpu()
-            video = self.vae.decode(latents)
-        video = video.float()
+        if first is not None:
+            latents = torch.where(held[:, None, None], first, latents)
+        self.work = _work(guided)
+        if output == "latents":
+            return latents.float().cpu()
+        video = self.vae.decode(latents.float())
         if not torch.isfinite(video).all():
             raise ValueError(
                 "the sampled video has values that are not finite; use another guidance or sampler, "

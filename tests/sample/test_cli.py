@@ -104,6 +104,13 @@ def test_every_flag_changes_the_sample(zoetrope, latents, folder, flags):
     assert (latents[0] - latents[1]).abs().max() > 1e-2
 
 
+def test_float32_is_another_precision(zoetrope, latents, folder):
+    for extra in ([], ["--dtype", "float32"]):
+        assert zoetrope("sample", folder, "a circle", "--steps", 3, *extra)[0] == 0
+    difference = (latents[0] - latents[1]).abs().max()
+    assert 1e-5 < difference < 0.1
+
+
 def test_sequential_guidance_is_the_same_sample(zoetrope, latents, folder):
     for extra in ([], ["--sequential"]):
         assert zoetrope("sample", folder, "a circle", "--steps", 3, *extra)[0] == 0
@@ -129,7 +136,7 @@ def test_a_first_frame(zoetrope, latents, image_folder, tmp_path):
     from sample.model import load_model
 
     red = torch.tensor([1.0, -1, -1]).view(1, 3, 1, 1, 1).expand(1, 3, 1, 16, 16)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    with torch.no_grad():
         expected = load_model(image_folder).vae.encode(red).mean
     torch.testing.assert_close(latents[0][:, :, :1], expected, atol=1e-5, rtol=0)
 
@@ -169,6 +176,7 @@ def test_compiled_blocks_give_the_same_sample(zoetrope, latents, folder, monkeyp
             ["x", "--grid", "fine"],
             "--grid fine: use uniform, shifted, karras, wan, flow_match_euler",
         ),
+        (["x", "--dtype", "int8"], "--dtype int8: use bfloat16 or float32"),
         (["x", "--grid", "uniform", "--shift", "2"], "the uniform grid has no shift"),
         (["x", "--guidance", "-1"], "guidance: scale=-1.0; expected greater than or equal to 0"),
         (

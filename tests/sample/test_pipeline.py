@@ -69,6 +69,15 @@ def test_float32_is_no_autocast(folder):
     assert set(seen) == {torch.float32}
 
 
+def test_the_vae_works_in_float32(pipeline):
+    assert pipeline.dtype is torch.bfloat16
+    latents = pipeline(["x"], steps=2, output="latents")
+    with torch.no_grad():
+        expected = pipeline.vae.decode(latents)
+    video = pipeline(["x"], steps=2)
+    torch.testing.assert_close(video, expected.clamp(-1, 1), atol=1e-5, rtol=1e-5)
+
+
 def test_latents_noise_and_states(pipeline):
     """What a call draws and encodes itself can be given, and comes out the same."""
     shape = pipeline.latent_shape(5, 16, 16)
