@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ from dit.layers import (
 )
 from dit.packing import from_patches, grid_positions, num_patches, pack, to_patches
 from dit.reuse import FeatureReuse
+from dit.sizes import Depth, Size
 
 
 class DiTConfig(BaseModel):
@@ -34,14 +35,14 @@ class DiTConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    in_channels: PositiveInt
-    context_dim: PositiveInt
-    dim: PositiveInt
-    num_blocks: PositiveInt
-    num_heads: PositiveInt
-    mlp_dim: PositiveInt
-    patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 2, 2)
-    freq_dim: PositiveInt = 256
+    in_channels: Size
+    context_dim: Size
+    dim: Size
+    num_blocks: Depth
+    num_heads: Size
+    mlp_dim: Size
+    patch_size: tuple[Size, Size, Size] = (1, 2, 2)
+    freq_dim: Size = 256
     rope_theta: float = 10_000.0
     eps: float = 1e-6
 

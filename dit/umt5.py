@@ -5,11 +5,13 @@ padding too (`WanPipeline._get_t5_prompt_embeds` in diffusers); so does this. Ne
 """
 
 import html
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 from torch import Tensor, nn
+
+from dit.sizes import Depth, Size
 
 
 class UMT5Config(BaseModel):
@@ -18,20 +20,30 @@ class UMT5Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     kind: Literal["umt5"] = "umt5"
-    context_length: PositiveInt = 512
-    vocab_size: PositiveInt
-    width: PositiveInt
-    num_layers: PositiveInt
-    num_heads: PositiveInt
-    head_dim: PositiveInt
-    mlp_dim: PositiveInt
-    num_buckets: PositiveInt = 32  # of relative positions
-    max_distance: PositiveInt = 128
+    context_length: Size = 512
+    vocab_size: Size
+    width: Size
+    num_layers: Depth
+    num_heads: Size
+    head_dim: Size
+    mlp_dim: Size
+    num_buckets: Annotated[int, Field(ge=4, le=2**16)] = 32  # of relative positions
+    max_distance: Size = 128
     eps: float = 1e-6
-    activation: str = "gated-gelu"
+    activation: Literal["gated-gelu", "relu"] = "gated-gelu"
     pad_token: NonNegativeInt = 0
     eos_token: NonNegativeInt = 1
     trainable: bool = False
+
+    @model_validator(mode="after")
+    def _buckets_fit(self) -> "UMT5Config":
+        # Half of the buckets are for either direction, and half of those for a distance each.
+        if self.max_distance <= self.num_buckets // 4:
+            raise ValueError(
+                f"max_distance={self.max_distance}; with num_buckets={self.num_buckets} it must be "
+                f"above {self.num_buckets // 4}"
+            )
+        return self
 
 
 def clean_prompt(text: str) -> str:

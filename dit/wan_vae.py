@@ -4,12 +4,13 @@ Wan 2.1 has 16 channels of latents at 4 x 8 x 8; Wan 2.2 TI2V-5B has 48 at 4 x 1
 last factor of 2 in space is a rearrangement of pixels (`patch_size`). Needs the extra `wan`.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
+from dit.sizes import Depth, Size
 from dit.vae import VAE, Posterior
 
 
@@ -19,14 +20,14 @@ class WanVAEConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     kind: Literal["wan"] = "wan"
-    base_dim: PositiveInt = 96
-    decoder_base_dim: PositiveInt | None = None
-    z_dim: PositiveInt = 16
-    dim_mult: tuple[PositiveInt, ...] = (1, 2, 4, 4)
-    num_res_blocks: PositiveInt = 2
+    base_dim: Size = 96
+    decoder_base_dim: Size | None = None
+    z_dim: Size = 16
+    dim_mult: tuple[Size, ...] = (1, 2, 4, 4)
+    num_res_blocks: Depth = 2
     attn_scales: tuple[float, ...] = ()
     temperal_downsample: tuple[bool, ...] = (False, True, True)
-    dropout: float = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     latents_mean: tuple[float, ...]
     latents_std: tuple[PositiveFloat, ...]
     is_residual: bool = False
@@ -53,6 +54,12 @@ class WanVAEConfig(BaseModel):
             raise ValueError(
                 f"temperal_downsample gives 1/{time} of the frames and scale_factor_temporal is "
                 f"{self.scale_factor_temporal}; Wan's VAE has 4"
+            )
+        values = 3 * (self.patch_size or 1) ** 2
+        if not self.in_channels == self.out_channels == values:
+            raise ValueError(
+                f"in_channels={self.in_channels} and out_channels={self.out_channels}; RGB in patches "
+                f"of {self.patch_size or 1} has {values}"
             )
         space = 2 ** len(self.temperal_downsample) * (self.patch_size or 1)
         if space != self.scale_factor_spatial:

@@ -186,7 +186,7 @@ def read_model_file(folder: Path) -> ModelFile:
                 f"{path}: format_version is {version}; this version reads {FORMAT_VERSION}"
             )
         return ModelFile.model_validate(contents)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not text; expected the YAML that training wrote") from error
@@ -215,10 +215,13 @@ def load_tokenizer(folder: Path) -> Any:
             f"the tokenizer needs transformers: pip install 'zoetrope[wan]' ({error})"
         ) from error
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{folder}: not a tokenizer ({reason})") from error
+    if tokenizer.pad_token is None:
+        raise ValueError(f"{folder}: names no pad_token; is tokenizer_config.json missing?")
+    return tokenizer
 
 
 def _empty(contents: ModelFile, folder: Path) -> Model:

@@ -14,6 +14,8 @@ from data.randomness import generator
 from dit.grids import GridConfig
 from dit.guidance import GuidanceConfig, GuidedDenoiser, Text, guided_denoiser
 from dit.samplers import Denoiser, SamplerName, run_sampler
+from dit.transformer import DiTConfig
+from dit.vae import VAE
 from sample.lora import LoRA, add_loras
 from sample.model import Model, load_model
 
@@ -52,6 +54,29 @@ def with_held_frames(denoise: Denoiser, clean: Tensor, held: Tensor) -> Denoiser
     return lambda x, t: denoise(
         torch.where(held[:, None, None], clean, x), torch.where(held, 0.0, t[:, None])
     )
+
+
+def latent_shape(
+    vae: VAE, dit: DiTConfig, frames: int, height: int, width: int
+) -> tuple[int, int, int, int]:
+    """Latents (c f h w) of one clip.
+
+    Raises:
+        ValueError: VAE or DiT cannot make this size; says what fits.
+    """
+    shape = vae.latent_shape(frames, height, width)
+    pf, ph, pw = dit.patch_size
+    for name, size, patch in (("height", shape[2], ph), ("width", shape[3], pw)):
+        if size % patch:
+            step = patch * vae.spatial_factor
+            below = size * vae.spatial_factor // step * step
+            raise ValueError(
+                f"{name}={size * vae.spatial_factor} does not fit the DiT: it needs a multiple of "
+                f"{step}; use {below + step}" + (f" or {below}" if below else "")
+            )
+    if shape[1] % pf:
+        raise ValueError(f"frames={frames} gives {shape[1]} latent frames, not a multiple of {pf}")
+    return shape
 
 
 @dataclass(frozen=True)
@@ -125,29 +150,8 @@ class TextToVideo:
         return cls(model, place, dtype=dtype, compile_blocks=compile_blocks)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Latents (c f h w) of one clip.
-
-        Raises:
-            ValueError: VAE or DiT cannot make this size; says what fits.
-        """
-        shape = self.vae.latent_shape(frames, height, width)
-        pf, ph, pw = self.dit.config.patch_size
-        for name, size, patch, factor in (
-            ("height", shape[2], ph, self.vae.spatial_factor),
-            ("width", shape[3], pw, self.vae.spatial_factor),
-        ):
-            if size % patch:
-                step = patch * factor
-                below = size * factor // step * step
-                raise ValueError(
-                    f"{name}={size * factor} does not fit the DiT: it needs a multiple of {step}; "
-                    f"use {below + step}" + (f" or {below}" if below else "")
-                )
-        if shape[1] % pf:
-            raise ValueError(
-                f"frames={frames} gives {shape[1]} latent frames, not a multiple of {pf}"
-            )
-        return shape
+        """Latents (c f h w) of one clip; see the function of this name."""
+        return latent_shape(self.vae, self.dit.config, frames, height, width)
 
     @torch.no_grad()
     def text_states(self, prompts: Sequence[str]) -> Text:

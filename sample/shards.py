@@ -7,10 +7,12 @@ which is how diffusers and transformers keep theirs. `copy_part` gives tensors n
 loading them: names and shapes live in a file's header, so the bytes behind it are copied as they are.
 """
 
+import glob
 import json
 import math
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 MAX_SHARD_BYTES = 5 * 1024**3
 CHUNK_BYTES = 8 * 1024**2  # copied at once
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 Shape = tuple[int, ...]
 
 
@@ -49,22 +52,16 @@ def read_header(path: Path) -> Header:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the folder is incomplete")
-    size = path.stat().st_size
+    try:
+        with safe_open(path, "pt"):  # checks types, sizes and offsets; reads no data
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, 100_000_000):
-            raise ValueError(f"{path}: not a whole safetensors file ({size} bytes)")
-        try:
-            tensors = json.loads(file.read(length))
-            tensors.pop("__metadata__", None)
-            data_bytes = max((t["data_offsets"][1] for t in tensors.values()), default=0)
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a safetensors file (its header is damaged)") from error
-    if size != 8 + length + data_bytes:
-        raise ValueError(
-            f"{path}: not a whole safetensors file: {size} bytes, its header says "
-            f"{8 + length + data_bytes}"
-        )
+        tensors = json.loads(file.read(length))
+    tensors.pop("__metadata__", None)
+    data_bytes = max((t["data_offsets"][1] for t in tensors.values()), default=0)
     return Header(path, tensors, 8 + length, data_bytes)
 
 
@@ -93,10 +90,7 @@ def part_files(folder: Path, stem: str) -> list[Path]:
         if not single.is_file():
             raise FileNotFoundError(f"{single}: no such file; the folder is incomplete")
         return [single]
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index}: not an index of safetensors files") from error
+    names = sorted(set(_weight_map(index).values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -106,9 +100,60 @@ def part_files(folder: Path, stem: str) -> list[Path]:
     return [folder / name for name in names]
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Each tensor's file, from an index."""
+    try:
+        files = json.loads(index.read_text())["weight_map"]
+        if files and all(isinstance(file, str) for file in files.values()):
+            return files
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"{index}: not an index of safetensors files")
+
+
 def part_headers(folder: Path, stem: str) -> list[Header]:
-    """The headers of a part's files; see `part_files` and `read_header` for what may be wrong."""
-    return [read_header(path) for path in part_files(folder, stem)]
+    """The headers of a part's files; see `part_files` and `read_header` for what may be wrong.
+
+    Raises:
+        ValueError: the files hold other tensors than the index says.
+    """
+    headers = [read_header(path) for path in part_files(folder, stem)]
+    index = folder / index_name(stem)
+    if index.is_file():
+        listed = set(_weight_map(index).items())
+        found = {(name, header.path.name) for header in headers for name in header.tensors}
+        for name, file in sorted(listed ^ found):
+            where = "lists" if (name, file) in listed else "does not list"
+            raise ValueError(f"{index}: {where} {name} in {file}, which its shards contradict")
+    return headers
+
+
+def compare_part(
+    folder: Path, settings: str, headers: list[Header], wanted: dict[str, Shape]
+) -> None:
+    """Refuses a part whose tensors do not fit the settings beside it.
+
+    Raises:
+        ValueError: tensors that are missing, unknown, of another shape, or not floating-point.
+    """
+    got = {name: shape for header in headers for name, shape in header.shapes().items()}
+    misfit = f"{folder}: does not fit its {settings}"
+    for problem, names in (
+        ("lacks", sorted(wanted.keys() - got.keys())),
+        ("has unknown", sorted(got.keys() - wanted.keys())),
+    ):
+        if names:
+            raise ValueError(f"{misfit}: {problem} {names[0]} ({len(names)} in all)")
+    for name, shape in got.items():
+        if shape != wanted[name]:
+            raise ValueError(f"{misfit}: {name} is {shape}, expected {wanted[name]}")
+    for header in headers:
+        for name, tensor in header.tensors.items():
+            if tensor["dtype"] not in DTYPES:
+                raise ValueError(
+                    f"{header.path}: {name} is {tensor['dtype']}; quantised weights are not "
+                    f"supported, expected {', '.join(DTYPES)}"
+                )
 
 
 def _write_index(folder: Path, stem: str, files: dict[str, list[str]], total: int) -> None:
@@ -146,13 +191,16 @@ def copy_part(
         text += b" " * (-len(text) % 8)  # so that the data begin aligned
         target = folder / shard_name(stem, i, len(headers))
         files[target.name] = [name for name in tensors if name != "__metadata__"]
-        with header.path.open("rb") as source, target.open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            source.seek(header.data_start)
-            while chunk := source.read(CHUNK_BYTES):
-                out.write(chunk)
-                if progress is not None:
-                    progress(header, len(chunk))
+        try:
+            with header.path.open("rb") as source, target.open("wb") as out:
+                out.write(len(text).to_bytes(8, "little") + text)
+                source.seek(header.data_start)
+                while chunk := source.read(CHUNK_BYTES):
+                    out.write(chunk)
+                    if progress is not None:
+                        progress(header, len(chunk))
+        except OSError as error:  # a full disk does not say which
+            raise OSError(error.errno, error.strerror, str(error.filename or target)) from error
     _write_index(folder, stem, files, sum(header.data_bytes for header in headers))
 
 
@@ -198,7 +246,7 @@ def load_part(
         ValueError: a file is damaged or does not fit the network.
     """
     wanted, first = set(part.state_dict()), folder / f"{stem}.safetensors"
-    for path in part_files(folder, stem):
+    for path in (header.path for header in part_headers(folder, stem)):
         try:
             weights = load_file(path)  # mapped: bytes are read when they are used
             if torch.device(device).type == "meta":
@@ -224,16 +272,51 @@ def _misfit(path: Path, problem: str, names: list[str]) -> str:
     return f"{path}: does not fit model.yaml: {problem} {names[0]} ({len(names)} in all)"
 
 
+def copy_files(source: Path, target: Path) -> None:
+    """The files of a folder, without its folders, to a new one."""
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
+
+
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, source: Path) -> Iterator[Path]:
     """A folder to write to, which takes `folder`'s name once the block ends; after an error or an
-    interrupt nothing is left of it."""
-    fresh = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
+    interrupt nothing is left of it.
+
+    Args:
+        source: the folder that it is made from.
+    Raises:
+        FileExistsError: there is something of that name, now or when the block ends.
+        ValueError: `folder` is inside of `source`.
+    """
+    exists = FileExistsError(f"{folder} exists; give a name that does not, or remove it first")
+    if folder.exists():
+        raise exists
+    if source.resolve() in folder.resolve().parents:
+        raise ValueError(f"{folder} is inside of {source}, which it is made from; write elsewhere")
+    host = socket.gethostname()
+    for old in folder.parent.glob(f".{glob.escape(folder.name)}.{host}.*.new"):
+        if not _is_running(old.name.split(".")[-2]):  # left there by a kill
+            shutil.rmtree(old, ignore_errors=True)
+    fresh = folder.with_name(f".{folder.name}.{host}.{os.getpid()}.new")
     fresh.mkdir(parents=True)
     try:
         yield fresh
+        if folder.exists():
+            raise exists
         os.replace(fresh, folder)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True

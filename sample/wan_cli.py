@@ -53,9 +53,10 @@ def import_model(
     from sample.wan_import import import_wan
 
     values: dict[str, Any] = {"num_frames": frames, "fps": fps}
-    for name, value in values.items():
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name.removeprefix('num_')} {value:g}: use a number above 0")
+    if frames is not None and frames < 1:
+        raise ValueError(f"--frames {frames}: use 1 or more")
+    if fps is not None and not 0.01 <= fps <= 1000:
+        raise ValueError(f"--fps {fps:g}: use a number from 0.01 to 1000")
     if size is not None:
         values["height"], values["width"] = parse_size(size)
     bars = _Bars()

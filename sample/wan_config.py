@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such file; the folder is incomplete")
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(contents, dict):
         raise ValueError(f"{path}: expected a JSON object")
@@ -156,7 +156,9 @@ def read_transformer(path: Path) -> DiTConfig:
         {
             "in_channels": channels,
             "context_dim": settings.get("text_dim", 4096),
-            "dim": heads * head_dim if isinstance(heads, int) else heads,
+            "dim": heads * head_dim
+            if isinstance(heads, int) and isinstance(head_dim, int)
+            else None,
             "num_blocks": settings.get("num_layers", 40),
             "num_heads": heads,
             "mlp_dim": settings.get("ffn_dim", 13824),

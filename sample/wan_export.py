@@ -1,7 +1,6 @@
 """A model folder to a diffusers folder, which WanPipeline loads: sample/wan_import.py the other way."""
 
 import json
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,8 +8,17 @@ from typing import Any
 
 from dit.umt5 import UMT5Config
 from dit.wan_vae import WanVAEConfig
-from sample.model import ModelFile, read_model_file
-from sample.shards import Header, Shape, copy_part, new_folder, part_headers
+from sample.model import ModelFile, load_tokenizer, read_model_file
+from sample.shards import (
+    DTYPES,
+    Header,
+    Shape,
+    compare_part,
+    copy_files,
+    copy_part,
+    new_folder,
+    part_headers,
+)
 from sample.wan_config import (
     read_json,
     scheduler_json,
@@ -24,6 +32,8 @@ from sample.wan_import import (
     TOKEN_EMBEDDING,
     TRANSFORMERS_STEM,
     VAE_PREFIX,
+    text_shapes,
+    vae_shapes,
 )
 from sample.wan_names import wan_tensors
 
@@ -33,7 +43,6 @@ _FOLDERS = {
     "vae": "vae",
     "text": "text_encoder",
 }
-_TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 Names = dict[str, tuple[str, Shape]]
 
@@ -71,21 +80,33 @@ def _configs(folder: Path, file: ModelFile) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def _names(file: ModelFile, part: str, headers: list[Header]) -> Names:
-    """diffusers' name and shape of each of our tensors."""
-    shapes = {name: shape for header in headers for name, shape in header.shapes().items()}
-    if part in ("dit", "dit_low_noise"):
+def _names(folder: Path, file: ModelFile, part: str, headers: list[Header]) -> Names:
+    """diffusers' name and shape of each of our tensors.
+
+    Raises:
+        ValueError: the files do not fit model.yaml.
+    """
+    if part == "vae":
+        assert isinstance(file.vae, WanVAEConfig)
+        shapes = vae_shapes(folder / "model.yaml", file.vae)
+        names = {name: (name.removeprefix(VAE_PREFIX), shape) for name, shape in shapes.items()}
+    elif part == "text":
+        assert isinstance(file.text, UMT5Config)
+        shapes = text_shapes(folder / "model.yaml", file.text, headers)
+        # transformers keeps the token embedding under its shared name.
+        alone = SHARED_EMBEDDING not in shapes
+        names = {
+            name: (SHARED_EMBEDDING if alone and name == TOKEN_EMBEDDING else name, shape)
+            for name, shape in shapes.items()
+        }
+    else:
         config = file.dit if part == "dit" else file.dit_low_noise
         assert config is not None
-        return {t.ours: (t.theirs, t.their_shape) for t in wan_tensors(config)}
-    if part == "vae":
-        return {name: (name.removeprefix(VAE_PREFIX), shape) for name, shape in shapes.items()}
-    # transformers keeps the token embedding under its shared name.
-    alone = SHARED_EMBEDDING not in shapes
-    return {
-        name: (SHARED_EMBEDDING if alone and name == TOKEN_EMBEDDING else name, shape)
-        for name, shape in shapes.items()
-    }
+        tensors = wan_tensors(config)
+        shapes = {t.ours: t.shape for t in tensors}
+        names = {t.ours: (t.theirs, t.their_shape) for t in tensors}
+    compare_part(folder / f"{part}.safetensors", "model.yaml", headers, shapes)
+    return names
 
 
 def _model_index(file: ModelFile, tokenizer: Path, scheduler: str) -> dict[str, Any]:
@@ -125,8 +146,6 @@ def export_diffusers(
         FileExistsError: there is something at `out`.
         FileNotFoundError, ValueError: not a whole model folder, or diffusers has no such model.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists; give a name that does not, or remove it first")
     file = read_model_file(folder)
     _check(folder, file, transformer_only)
     configs = _configs(folder, file)
@@ -141,24 +160,25 @@ def export_diffusers(
         if present
     ]
     headers = {part: part_headers(folder, part) for part in parts}
+    names = {part: _names(folder, file, part, headers[part]) for part in parts}
     if not transformer_only:
+        load_tokenizer(folder / "tokenizer")
         assert isinstance(file.vae, WanVAEConfig)
         assert isinstance(file.text, UMT5Config)
         dtype = next(iter(headers["text"][0].tensors.values()))["dtype"]
         configs["vae/config.json"] = vae_json(file.vae)
-        configs["text_encoder/config.json"] = text_json(file.text, _TORCH_DTYPES[dtype])
+        configs["text_encoder/config.json"] = text_json(file.text, DTYPES[dtype])
         scheduler = configs["scheduler/scheduler_config.json"]["_class_name"]
         configs["model_index.json"] = _model_index(file, folder / "tokenizer", scheduler)
-    with new_folder(out) as fresh:
+    with new_folder(out, folder) as fresh:
         if not transformer_only:
-            shutil.copytree(folder / "tokenizer", fresh / "tokenizer")
+            copy_files(folder / "tokenizer", fresh / "tokenizer")
         for part in parts:
             target = fresh / _FOLDERS[part]
             target.mkdir()
             stem = TRANSFORMERS_STEM if part == "text" else DIFFUSERS_STEM
-            names = _names(file, part, headers[part])
             told = None if progress is None else partial(progress, part)
-            copy_part(headers[part], target, stem, names, told)
+            copy_part(headers[part], target, stem, names[part], told)
         for name, contents in configs.items():
             path = fresh / name
             path.parent.mkdir(exist_ok=True)

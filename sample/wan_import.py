@@ -4,7 +4,6 @@ Everything is read and compared before anything is written; the weights are then
 under our names, see `sample.shards.copy_part`.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,16 @@ from dit.transformer import DiTConfig
 from dit.umt5 import UMT5Config, UMT5Encoder
 from dit.wan_vae import WanVAE, WanVAEConfig
 from sample.model import ModelFile, ModelInfo, load_tokenizer, write_model_file
-from sample.shards import Header, Shape, copy_part, new_folder, part_headers
+from sample.pipeline import latent_shape
+from sample.shards import (
+    Header,
+    Shape,
+    compare_part,
+    copy_files,
+    copy_part,
+    new_folder,
+    part_headers,
+)
 from sample.wan_config import (
     INFO,
     INFO_TI2V,
@@ -33,7 +41,7 @@ from sample.wan_names import wan_tensors
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 VAE_PREFIX = "model."  # of the AutoencoderKLWan in our WanVAE
 TOKEN_EMBEDDING, SHARED_EMBEDDING = "encoder.embed_tokens.weight", "shared.weight"
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_CONFIG = "config.json"
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
 
@@ -54,62 +62,63 @@ class Source:
     tokenizer: Path
 
 
-def _compare(folder: Path, headers: list[Header], wanted: dict[str, Shape]) -> None:
-    """Refuses tensors that are missing, unknown, of another shape, or no floating-point numbers."""
-    got = {name: shape for header in headers for name, shape in header.shapes().items()}
-    for problem, names in (
-        ("lacks", sorted(wanted.keys() - got.keys())),
-        ("has unknown", sorted(got.keys() - wanted.keys())),
-    ):
-        if names:
-            raise ValueError(
-                f"{folder}: does not fit its config.json: {problem} {names[0]} "
-                f"({len(names)} in all)"
-            )
-    for name, shape in got.items():
-        if shape != wanted[name]:
-            raise ValueError(
-                f"{folder}: does not fit its config.json: {name} is {shape}, expected {wanted[name]}"
-            )
-    for header in headers:
-        for name, tensor in header.tensors.items():
-            if tensor["dtype"] not in _DTYPES:
-                raise ValueError(
-                    f"{header.path}: {name} is {tensor['dtype']}; quantised weights are not "
-                    f"supported, expected {', '.join(_DTYPES)}"
-                )
+def vae_shapes(path: Path, config: WanVAEConfig) -> dict[str, Shape]:
+    """Of our WanVAE's tensors, by name; path is the config's.
+
+    Raises:
+        ValueError: there can be no such network.
+    """
+    try:
+        with torch.device("meta"):
+            return {k: tuple(v.shape) for k, v in WanVAE(config).state_dict().items()}
+    except (RuntimeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: no VAE can have these sizes ({reason})") from error
 
 
-def _transformer(folder: Path) -> tuple[DiTConfig, SourcePart]:
-    config = read_transformer(folder / "config.json")
-    headers = part_headers(folder, DIFFUSERS_STEM)
-    tensors = wan_tensors(config)
-    _compare(folder, headers, {t.theirs: t.their_shape for t in tensors})
-    return config, SourcePart(headers, {t.theirs: (t.ours, t.shape) for t in tensors})
+def text_shapes(path: Path, config: UMT5Config, headers: list[Header]) -> dict[str, Shape]:
+    """Of a umT5's tensors, under the names that the files use for its token embedding: either of two,
+    or both; our encoder reads all three.
 
-
-def _vae(folder: Path) -> tuple[WanVAEConfig, SourcePart]:
-    config = read_vae(folder / "config.json")
-    headers = part_headers(folder, DIFFUSERS_STEM)
-    with torch.device("meta"):
-        shapes = {k: tuple(v.shape) for k, v in WanVAE(config).state_dict().items()}
-    wanted = {name.removeprefix(VAE_PREFIX): shape for name, shape in shapes.items()}
-    _compare(folder, headers, wanted)
-    return config, SourcePart(headers, {k: (VAE_PREFIX + k, v) for k, v in wanted.items()})
-
-
-def _text(folder: Path) -> tuple[UMT5Config, SourcePart]:
-    config = read_text(folder / "config.json")
-    headers = part_headers(folder, TRANSFORMERS_STEM)
-    with torch.device("meta"):
-        shapes = {k: tuple(v.shape) for k, v in UMT5Encoder(config, None).state_dict().items()}
-    # One tensor under either name, or both; our encoder reads all three.
+    Raises:
+        ValueError: there can be no such network.
+    """
+    try:
+        with torch.device("meta"):
+            shapes = {k: tuple(v.shape) for k, v in UMT5Encoder(config, None).state_dict().items()}
+    except (RuntimeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: no text encoder can have these sizes ({reason})") from error
     present = {name for header in headers for name in header.tensors}
     if SHARED_EMBEDDING in present:
         shapes[SHARED_EMBEDDING] = shapes[TOKEN_EMBEDDING]
         if TOKEN_EMBEDDING not in present:
             del shapes[TOKEN_EMBEDDING]
-    _compare(folder, headers, shapes)
+    return shapes
+
+
+def _transformer(folder: Path) -> tuple[DiTConfig, SourcePart]:
+    config = read_transformer(folder / _CONFIG)
+    headers = part_headers(folder, DIFFUSERS_STEM)
+    tensors = wan_tensors(config)
+    compare_part(folder, _CONFIG, headers, {t.theirs: t.their_shape for t in tensors})
+    return config, SourcePart(headers, {t.theirs: (t.ours, t.shape) for t in tensors})
+
+
+def _vae(folder: Path) -> tuple[WanVAEConfig, SourcePart]:
+    config = read_vae(folder / _CONFIG)
+    headers = part_headers(folder, DIFFUSERS_STEM)
+    shapes = vae_shapes(folder / _CONFIG, config)
+    wanted = {name.removeprefix(VAE_PREFIX): shape for name, shape in shapes.items()}
+    compare_part(folder, _CONFIG, headers, wanted)
+    return config, SourcePart(headers, {k: (VAE_PREFIX + k, v) for k, v in wanted.items()})
+
+
+def _text(folder: Path) -> tuple[UMT5Config, SourcePart]:
+    config = read_text(folder / _CONFIG)
+    headers = part_headers(folder, TRANSFORMERS_STEM)
+    shapes = text_shapes(folder / _CONFIG, config, headers)
+    compare_part(folder, _CONFIG, headers, shapes)
     return config, SourcePart(headers, {name: (name, shape) for name, shape in shapes.items()})
 
 
@@ -181,10 +190,13 @@ def read_source(path: Path, size: dict[str, Any] | None = None) -> Source:
             )
     load_tokenizer(path / "tokenizer")
     objective, sampling = read_scheduler(path / "scheduler" / "scheduler_config.json")
-    info = INFO_TI2V if index.get("expand_timesteps") else INFO
-    values = {**info.model_dump(), **(size or {}), "provenance": {"imported_from": path.name}}
+    usual = INFO_TI2V if index.get("expand_timesteps") else INFO
+    values = {**usual.model_dump(), **(size or {}), "provenance": {"imported_from": path.name}}
+    info = ModelInfo.model_validate(values)
+    with torch.device("meta"):
+        latent_shape(WanVAE(vae), dit, info.num_frames, info.height, info.width)
     contents = {
-        "info": ModelInfo.model_validate(values),
+        "info": info,
         "vae": vae,
         "dit": dit,
         "dit_low_noise": low_noise,
@@ -213,11 +225,9 @@ def import_wan(
         FileExistsError: there is something at `out`.
         FileNotFoundError, ValueError: see `read_source`.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists; give a name that does not, or remove it first")
     source = read_source(path, size)
-    with new_folder(out) as fresh:
-        shutil.copytree(source.tokenizer, fresh / "tokenizer")
+    with new_folder(out, path) as fresh:
+        copy_files(source.tokenizer, fresh / "tokenizer")
         for name, part in source.parts.items():
             copy_part(
                 part.headers,

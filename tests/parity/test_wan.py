@@ -178,7 +178,16 @@ def test_vae_refuses_what_it_cannot_encode(wan_folders):
         ({"dim_mult": (1, 2)}, "3 temperal_downsample for 2 dim_mult"),
         ({"temperal_downsample": (True, True, True)}, "gives 1/8 of the frames"),
         ({"scale_factor_temporal": 8}, "scale_factor_temporal is 8; Wan's VAE has 4"),
-        ({"patch_size": 2}, "scale_factor_spatial=8 but the layers reduce by 16"),
+        (
+            {"patch_size": 2, "in_channels": 12, "out_channels": 12},
+            "scale_factor_spatial=8 but the layers reduce by 16",
+        ),
+        (
+            {"patch_size": 2, "scale_factor_spatial": 16},
+            "in_channels=3 and out_channels=3; RGB in patches of 2 has 12",
+        ),
+        ({"num_res_blocks": 10**9}, "less than or equal to 1000"),
+        ({"dropout": 5}, "less than 1"),
     ],
 )
 def test_vae_settings_that_contradict_each_other(changes, message):
