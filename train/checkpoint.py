@@ -111,6 +111,8 @@ def save_checkpoint(
     Args:
         folder: the run's checkpoints folder.
         extra: json-able values for state.json.
+    Raises:
+        OSError: it cannot be written; earlier ones are left as they are.
     """
     final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
     if ranks.is_main:
@@ -119,8 +121,15 @@ def save_checkpoint(
             shutil.rmtree(leftover)
         partial.mkdir()
     ranks.barrier()
-    with _quiet():
-        save(state.tensors(), checkpoint_id=partial, no_dist=ranks.mesh is None)
+    try:
+        with _quiet():
+            save(state.tensors(), checkpoint_id=partial, no_dist=ranks.mesh is None)
+    except CheckpointException as error:
+        reasons = {str(reason) for reason, _ in error.failures.values()}
+        raise OSError(
+            f"{final}: the checkpoint cannot be written ({'; '.join(sorted(reasons))}); make room, and "
+            "the same command goes on from the one before"
+        ) from error
     if ranks.is_main:
         (partial / "state.json").write_text(json.dumps({"step": step, **extra}, indent=1) + "\n")
         shutil.rmtree(final, ignore_errors=True)

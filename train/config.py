@@ -217,7 +217,7 @@ class LoggingConfig(Section):
     sample_interval: PositiveInt = 1000
     num_samples: NonNegativeInt = 4
     sample_steps: PositiveInt = 20
-    guidance: float = 2.0
+    guidance: NonNegativeFloat = 2.0
     prompts: tuple[str, ...] = ()  # else the first captions of the validation clips
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if logged in
     project: str = "zoetrope"

@@ -88,6 +88,7 @@ def _train(config: RunConfig, data: TrainData, recipe: Recipe, ranks: Ranks) -> 
             last, due = done == config.train.steps, done % config.train.checkpoint_interval == 0
             if last or due or stopping:
                 run.save(done, data)
+            run.show_samples(done)
             if stopping and not last:
                 log.say(f"stopped after step {done}; the same command goes on from here")
                 exit_code = 128 + (stop.signal or signal.SIGTERM)
@@ -235,7 +236,7 @@ class Run:
         return self.unread
 
     def report(self, done: int) -> None:
-        """The row and the videos that are due after `done` steps."""
+        """The row that is due after `done` steps."""
         logging, last = self.config.logging, done == self.config.train.steps
         row: dict[str, float] = {}
         if last or done % logging.interval == 0:
@@ -252,10 +253,16 @@ class Run:
                 row.update(self.recipe.validate())
         if row:
             self.log.row(done, row)
-        if last or done % logging.sample_interval == 0:
+
+    def show_samples(self, done: int) -> None:
+        """The videos that are due after `done` steps; a model that fails to make some trains on."""
+        if done == self.config.train.steps or done % self.config.logging.sample_interval == 0:
             if self.ranks.is_main:
-                with self.evaluating():
-                    self.log.videos(done, self.recipe.samples())
+                try:
+                    with self.evaluating():
+                        self.log.videos(done, self.recipe.samples())
+                except ValueError as error:
+                    self.log.say(f"no samples after step {done}: {error}")
             self.ranks.barrier()
 
     def save(self, done: int, data: TrainData) -> None:

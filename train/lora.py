@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dit.objective import Objective
 from dit.transformer import DiT
 from sample.lora import save_lora
 from sample.wan_names import wan_name
@@ -26,6 +27,20 @@ def _settings(config: LoRAConfig, targets: list[str]) -> dict[str, Any]:
     """peft's settings; alpha is the rank unless given, so that the adapters come in as they are."""
     alpha = config.rank if config.alpha is None else config.alpha
     return {"r": config.rank, "lora_alpha": alpha, "target_modules": targets}
+
+
+def check_objective(objective: Objective, base: Objective) -> None:
+    """A LoRA does not say what its network predicts; whoever samples it asks the base.
+
+    Raises:
+        ValueError: it would be trained for another objective than the base's.
+    """
+    if type(objective) is not type(base) or objective.prediction != base.prediction:
+        raise ValueError(
+            f"recipe.objective is {type(objective).__name__} with prediction {objective.prediction}; a "
+            f"LoRA is sampled as its base, {type(base).__name__} with {base.prediction}: leave "
+            "recipe.objective out, or train without recipe.lora"
+        )
 
 
 def add_adapters(dit: DiT, config: LoRAConfig) -> None:

@@ -71,6 +71,11 @@ class Recipe(nn.Module, ABC):
         """The networks that training reads and never changes, by name; they may hold adapters."""
         return {}
 
+    def start_settings(self) -> str:
+        """What the models that training starts from say of themselves, apart from weights; the run's
+        config does not."""
+        return ""
+
     @property
     def export_folder(self) -> Path:
         """Where `export` writes."""

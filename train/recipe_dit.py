@@ -24,7 +24,7 @@ from train.clips import TrainingClips, read_rows
 from train.config import DiTRecipeConfig, RunConfig
 from train.distributed import Ranks
 from train.latents import CachedLatents, LatentCache
-from train.lora import add_adapters, export_lora
+from train.lora import add_adapters, check_objective, export_lora
 from train.recipe import Batch, Recipe, TrainData, counted_noise, counted_uniform
 from train.text_checkpoint import load_text_weights
 
@@ -91,6 +91,8 @@ class DiTRecipe(Recipe):
         assert self._start.objective is not None
         self.vae, self.text = self._start.vae, self._start.text
         self.objective = self.options.objective or self._start.objective
+        if self.options.lora is not None:
+            check_objective(self.objective, self._start.objective)
         low = self.options.expert == "low"
         dit = self._start.dit_low_noise if low else self._start.dit
         assert dit is not None
@@ -186,6 +188,9 @@ class DiTRecipe(Recipe):
         text = {} if text_trains else {"text encoder": self.text}
         base = {} if self.options.lora is None else {"DiT": self.dit}
         return {"VAE": self.vae, **text, **base}
+
+    def start_settings(self) -> str:
+        return self._start.file().model_dump_json(exclude={"info", "sampling"})
 
     @property
     def export_folder(self) -> Path:
@@ -331,8 +336,12 @@ class DiTRecipe(Recipe):
         return figures
 
     def _model(self, provenance: dict[str, Any]) -> Model:
-        info = self.model_info(provenance)
-        return replace(self._start, info=info, objective=self.objective)
+        model = replace(self._start, info=self.model_info(provenance), objective=self.objective)
+        if type(self.objective) is not type(
+            self._start.objective
+        ):  # the sampler is for the old one
+            model.sampling = model.sampling.model_copy(update={"sampler": None})
+        return model
 
     def samples(self) -> dict[str, Tensor]:
         logging, clip = self.config.logging, self.config.data

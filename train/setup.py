@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import subprocess
@@ -150,8 +151,13 @@ def _lock(file: IO[str]) -> bool:
 
 
 def hash_frozen(recipe: Recipe) -> dict[str, str]:
-    """Hashes of the networks that checkpoints do not hold, by name; without adapters in them."""
-    return {name: hash_weights(module) for name, module in recipe.frozen().items()}
+    """Hashes of what checkpoints do not hold, by name: networks, without adapters in them, and the
+    settings of the models that training starts from."""
+    hashes = {name: hash_weights(module) for name, module in recipe.frozen().items()}
+    settings = recipe.start_settings()
+    if settings:
+        hashes["model.yaml"] = hashlib.sha256(settings.encode()).hexdigest()[:16]
+    return hashes
 
 
 def check_validation(config: RunConfig, recipe: Recipe, ranks: Ranks) -> None:
@@ -199,7 +205,7 @@ def resume(
     for name, digest in saved.get("frozen", {}).items():
         if frozen.get(name) != digest:
             raise ValueError(
-                f"{path} was made with another {name}: its weights have hash {digest}, now "
+                f"{path} was made with another {name}: its contents have hash {digest}, now "
                 f"{frozen.get(name)}; restore them, or train into another folder (out=...)"
             )
     checkpoint.load_checkpoint(path, state, ranks)

@@ -44,6 +44,7 @@ def test_overrides_reach_optional_sections_and_floats_without_a_dot(write):
     ("override", "expected"),
     [
         ("train.batch_size=-1", "train.batch_size: got -1, expected greater than 0"),
+        ("logging.guidance=-1", "logging.guidance: got -1, expected greater than or equal to 0"),
         ("train.batchsize=4", "train.batchsize: unknown key; did you mean batch_size?"),
         ("trian.steps=4", "trian: unknown key; did you mean train?"),
         ("recipe.caption_dropuot=0", "recipe.caption_dropuot: unknown key; did you mean caption"),

@@ -19,6 +19,7 @@ from dit.objective import DDPM, FlowMatching
 from dit.transformer import DiT, DiTConfig
 from sample.lora import WEIGHTS
 from sample.model import load_model, save_model
+from sample.pipeline import TextToVideo
 from sample.wan_import import import_wan
 from train.checkpoint import list_checkpoints
 from train.cli import main
@@ -246,6 +247,29 @@ def test_resume_refuses_another_base(start, wan, tmp_path):
         start(base, recipe={"lora": LORA})
     with pytest.raises(ValueError, match=r"was made with another recipe\.lora\.rank"):
         start(base, recipe={"lora": {**LORA, "rank": 3}})
+
+
+def test_resume_refuses_a_base_with_other_settings(start, wan, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(wan("t2v"), base)
+    out = start(base, recipe={"lora": LORA})
+    shutil.rmtree(out / "lora")
+    contents = yaml.safe_load((base / "model.yaml").read_text())
+    contents["objective"]["shift"] = 1.5
+    (base / "model.yaml").write_text(yaml.safe_dump(contents))
+    with pytest.raises(ValueError, match=r"was made with another model\.yaml: its contents"):
+        start(base, recipe={"lora": LORA})
+
+
+def test_another_objective(start, wan, tmp_path):
+    """Refused for a LoRA, which is sampled as its base; else the model says how it is sampled now."""
+    ddpm = {"objective": {"kind": "ddpm", "prediction": "v"}}
+    with pytest.raises(ValueError, match=r"recipe.objective is DDPM with prediction v; a LoRA is"):
+        start(wan("t2v"), recipe={"lora": LORA, **ddpm})
+    out = start(wan("t2v"), recipe=ddpm)
+    model = load_model(out / "model")
+    assert isinstance(model.objective, DDPM)
+    assert torch.isfinite(TextToVideo(model, "cpu")(["a"], steps=2)).all()
 
 
 @pytest.mark.parametrize("expert", ["high", "low"])

@@ -8,11 +8,13 @@ import pytest
 import torch
 import wandb
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from data.manifest import read_manifest
 from data.randomness import permuted_index
 from data.video import probe, to_float
 from sample.model import load_model
+from train.checkpoint import list_checkpoints
 from train.clips import read_rows
 from train.config import DataConfig, RunConfig
 from train.distributed import Ranks
@@ -252,3 +254,30 @@ def test_captions_are_dropped_by_counter(room, tmp_path):
         for ids in recipe.make_batch({**items, "g": [4 * step + i for i in range(4)]}, step)["ids"]
     )
     assert 70 < many < 130
+
+
+def test_samples_that_fail_do_not_stop_a_run(room, tmp_path, monkeypatch, capsys):
+    def fail(self):
+        assert list_checkpoints(self.config.out / "checkpoints")  # written before
+        raise ValueError("not finite")
+
+    monkeypatch.setattr("train.recipe_vae.VAERecipe.samples", fail)
+    logging = {"sample_interval": 6}
+    out = room.train(tmp_path / "run", "vae", train={"checkpoint_interval": 6}, logging=logging)
+    assert "no samples after step 6: not finite" in capsys.readouterr().out
+    assert (out / "model" / "model.yaml").is_file()
+
+
+def test_a_full_disk_is_one_line(room, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise CheckpointException("save", {0: (OSError(28, "No space left on device"), None)})
+
+    steps = {"checkpoint_interval": 6}
+    with monkeypatch.context() as patch:
+        patch.setattr("train.checkpoint.save", full)
+        with pytest.raises(
+            OSError, match=r"step-00000006: the checkpoint cannot be written .*No space"
+        ):
+            room.train(tmp_path / "run", "vae", train=steps)
+    room.train(tmp_path / "run", "vae", train=steps)
+    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 2
