@@ -11,6 +11,23 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
+# Beyond these nearly all stops lie at one end, in float32 some of them at the same place.
+SMALLEST_SHIFT, LARGEST_SHIFT = 1e-3, 1e3
+Shift = Annotated[float, Field(ge=SMALLEST_SHIFT, le=LARGEST_SHIFT)]
+
+
+def checked_shift(shift: float) -> float:
+    """A shift that a user gave.
+
+    Raises:
+        ValueError: too far from 1.
+    """
+    if not SMALLEST_SHIFT <= shift <= LARGEST_SHIFT:
+        raise ValueError(
+            f"shift={shift:g}; use {SMALLEST_SHIFT:g} to {LARGEST_SHIFT:g}, 1 for none"
+        )
+    return shift
+
 
 def shift_t(t: Tensor, shift: float | Tensor) -> Tensor:
     """Moves noise levels towards 1 (Esser et al. 2024, eq. 23); shift 1 changes nothing."""
@@ -79,7 +96,7 @@ class ShiftedGrid(_Config):
     """
 
     kind: Literal["shifted"] = "shifted"
-    shift: PositiveFloat | None = None
+    shift: Shift | None = None
 
     def stops(self, num_steps: int, shift: float) -> Tensor:
         """From 1 to 0 (num_steps + 1,), float64."""
@@ -118,7 +135,7 @@ class WanGrid(_Config):
     """
 
     kind: Literal["wan"] = "wan"
-    shift: PositiveFloat | None = None
+    shift: Shift | None = None
     num_train_steps: Annotated[int, Field(ge=2)] = 1000
 
     def stops(self, num_steps: int, shift: float) -> Tensor:
@@ -146,7 +163,7 @@ class FlowMatchEulerGrid(_Config):
     """
 
     kind: Literal["flow_match_euler"] = "flow_match_euler"
-    shift: PositiveFloat | None = None
+    shift: Shift | None = None
     num_train_steps: Annotated[int, Field(ge=2)] = 1000
 
     def stops(self, num_steps: int, shift: float) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dit.grids import GridConfig
+from dit.grids import GridConfig, checked_shift
 from dit.objective import DDPM, Objective
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -45,7 +45,15 @@ def _levels(objective: Objective, grid: Tensor) -> list[tuple[float, float, floa
     """alpha, sigma and lambda = log(alpha / sigma) at every stop, in double precision.
 
     lambda is -inf where there is only noise and +inf where there is only data.
+
+    Raises:
+        ValueError: two stops are the same, and what divides by the step between them would fail.
     """
+    if not (grid.diff() < 0).all():
+        raise ValueError(
+            f"two of the sampler's {len(grid)} stops are the same noise level in float32; use fewer "
+            "steps, or a shift nearer to 1"
+        )
     alpha, sigma = (w.double() for w in objective.alpha_sigma(grid.double().cpu()))
     return list(zip(alpha.tolist(), sigma.tolist(), (alpha.log() - sigma.log()).tolist()))
 
@@ -256,7 +264,7 @@ def run_sampler(
         x_0 (b c f h w), float32.
     Raises:
         ValueError: the sampler does not suit the objective, num_steps < 1, noise of another shape,
-            or what `objective.grid` refuses.
+            a shift far from 1, stops that are the same, or what `objective.grid` refuses.
     """
     name = _sampler_name(name, objective)
     if num_steps < 1:
@@ -270,6 +278,8 @@ def run_sampler(
             f"noise has shape {tuple(noise.shape)}; expected {(len(generators), *shape)}"
         )
     stops = objective.grid(num_steps, shift, num_tokens=num_tokens, grid=grid)
+    if shift is not None:
+        checked_shift(shift)
     match name:
         case "euler":
             return euler(denoise, x, stops, objective, progress)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from PIL import Image as PILImage
     from torch import Tensor
     from tqdm import tqdm
 
@@ -36,21 +37,38 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def output_paths(output: Path, count: int) -> list[Path]:
+def output_paths(output: Path, count: int, gif: bool = False) -> list[Path]:
     """out.mp4 for one video; out-000.mp4, out-001.mp4, ... for several.
 
     Raises:
-        ValueError: the name does not end in .mp4.
+        ValueError: the name does not end in .mp4, or what is to be written, a .gif beside each video
+            too where asked for, stands there as a folder or cannot be.
     """
+    if not output.name:
+        raise ValueError("-o: no file name given; expected a .mp4, such as out.mp4")
     if output.suffix != ".mp4":
         raise ValueError(
             f"-o {output}: videos are written as .mp4; use {output.with_suffix('.mp4')}"
         )
-    if output.is_dir():
-        raise ValueError(f"-o {output}: is a folder; give a file name")
-    if count == 1:
-        return [output]
-    return [output.with_name(f"{output.stem}-{i:03d}.mp4") for i in range(count)]
+    paths = [output]
+    if count > 1:
+        paths = [output.with_name(f"{output.stem}-{i:03d}.mp4") for i in range(count)]
+    _check_files("-o", [output, *paths])
+    if gif:
+        _check_files("--gif", [path.with_suffix(".gif") for path in paths])
+    return paths
+
+
+def _check_files(flag: str, paths: Sequence[Path]) -> None:
+    """Refuses files that are folders, and files of one folder that cannot be made or written to."""
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{flag} {path}: is a folder; give a file name")
+    folder = paths[0].parent
+    above = next(each for each in (folder, *folder.parents) if each.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "is a folder that you may not write to" if above.is_dir() else "is not a folder"
+        raise ValueError(f"{flag} {paths[0]}: {above} {what}; give another place")
 
 
 def write_gif(path: Path, frames, fps: float) -> None:  # noqa: ANN001 (numpy, imported lazily)
@@ -67,15 +85,38 @@ def write_gif(path: Path, frames, fps: float) -> None:  # noqa: ANN001 (numpy, i
         aside.unlink(missing_ok=True)
 
 
+def _eight_bits(picture: "PILImage.Image") -> "PILImage.Image | None":
+    """A picture in RGB, on white where it is transparent; None if its values have 32 bits, of which
+    nothing says what is white."""
+    import numpy as np
+    from PIL import Image
+
+    # PIL has 16 bits of grey as I;16, or in these formats as I; its own conversion cuts them off.
+    if picture.mode.startswith("I;16") or (
+        picture.mode == "I" and picture.format in ("PNG", "PPM")
+    ):
+        values = np.asarray(picture).astype(np.float64) / 257
+        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        return None
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        paper = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(paper, picture)
+    return picture.convert("RGB")
+
+
 def read_image(path: Path, height: int, width: int) -> "Tensor":
     """A picture as a first frame (3 h w) in [-1, 1]: scaled to cover the size, cut at the middle.
 
+    Of 8 or 16 bits a value; what is transparent shows white paper behind it.
+
     Raises:
-        FileNotFoundError, ValueError: no such file, or not a picture.
+        FileNotFoundError, ValueError: no such file, or not a picture, or one of more bits.
     """
     import numpy as np
     import torch
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     from data.video import to_float
 
@@ -83,9 +124,14 @@ def read_image(path: Path, height: int, width: int) -> "Tensor":
         raise FileNotFoundError(f"--image {path}: no such file")
     try:
         with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+            ImageOps.exif_transpose(opened, in_place=True)
+            picture = _eight_bits(opened)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"--image {path}: too large; make it smaller ({error})") from error
+    except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # PIL's, by format
         raise ValueError(f"--image {path}: not a picture that can be read") from error
+    if picture is None:
+        raise ValueError(f"--image {path}: has 32 bits a value; expected a picture of 8 or 16")
     picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     return to_float(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
 
@@ -112,13 +158,36 @@ def _dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-def _guidance(pipeline: "TextToVideo", scale: float | None, **options: Any) -> "GuidanceConfig":
-    """What the flags say; the scale as the model has it by default."""
+def _guidance(
+    pipeline: "TextToVideo",
+    scale: float | None,
+    low: float | None,
+    *,
+    negative: str,
+    steps: int | None,
+    **options: Any,
+) -> "GuidanceConfig":
+    """What the flags say; the scale as the model has it by default.
+
+    Raises:
+        ValueError: a value that cannot be used, flags that would do nothing, or no step that moves.
+    """
     from dit.guidance import GuidanceConfig
 
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value not in (None, False)}
     scale = pipeline.sampling.guidance if scale is None else scale
-    return GuidanceConfig.checked(scale=scale, **given)
+    config = GuidanceConfig.checked(scale=scale, **given)
+    flags = ["--sequential" if name == "sequential" else f"--guidance-{name}" for name in given]
+    flags += ["--negative"] if negative else []
+    if flags and scale == 1 and low in (None, 1):
+        raise ValueError(f"guidance 1 is no guidance; leave out {flags[0]} or raise --guidance")
+    steps = pipeline.sampling.steps if steps is None else steps
+    if scale != 1 and config.zero_steps and steps <= config.zero_steps:
+        raise ValueError(
+            f"--steps {steps}: cfg_zero keeps the noise for the first {config.zero_steps}; use "
+            f"{config.zero_steps + 1} or more, or another --guidance-kind"
+        )
+    return config
 
 
 def _check(
@@ -135,8 +204,8 @@ def _check(
         raise ValueError(f"--batch-size {batch_size}: use 1 or more")
     if sheet is not None and sheet.suffix != ".png":
         raise ValueError(f"--sheet {sheet}: expected a .png")
-    if sheet is not None and sheet.is_dir():
-        raise ValueError(f"--sheet {sheet}: is a folder; give a file name")
+    if sheet is not None:
+        _check_files("--sheet", [sheet])
     texts = [prompt] if prompt is not None else read_prompts(prompts)  # type: ignore[arg-type]
     return [text for text in texts for _ in range(num)]
 
@@ -257,7 +326,7 @@ def sample(
 ) -> None:
     """Sample videos from text."""
     texts = _check(prompt, prompts, num, batch_size, sheet)
-    paths = output_paths(output, len(texts))
+    paths = output_paths(output, len(texts), gif)
 
     from data.video import parse_size
     from sample.lora import parse_lora
@@ -284,6 +353,9 @@ def sample(
         "guidance": _guidance(
             pipeline,
             guidance,
+            guidance_low,
+            negative=negative,
+            steps=steps,
             kind=guidance_kind,
             rescale=guidance_rescale,
             interval=guidance_interval,
@@ -298,7 +370,8 @@ def sample(
         "reuse": reuse,
     }
     pipeline.latent_shape(frames, height, width)  # refuse what does not fit before making folders
-    output.parent.mkdir(parents=True, exist_ok=True)
+    for path in (output, sheet or output):
+        path.parent.mkdir(parents=True, exist_ok=True)
     batch = batch_size or max(1, MAX_BATCH_CELLS // (frames * height * width))
     clips = _generate(
         pipeline,

@@ -9,6 +9,7 @@ says nothing means 1. Training adds a lora.yaml for its readers: what the update
 """
 
 import json
+import logging
 import math
 import os
 import re
@@ -18,20 +19,31 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dit.transformer import DiT
 from sample.model import Model
-from sample.shards import read_header
+from sample.shards import read_header, save_tensors
 from sample.wan_names import wan_name
+
+_log = logging.getLogger(__name__)
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 _PEFT_WEIGHTS = "adapter_model.safetensors"
 _METADATA = "lora_adapter_metadata"
 _PREFIXES = ("transformer.", "base_model.model.")  # diffusers' and peft's own
+_FLOATS = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
 LoRA = tuple[Path, float]  # a file or folder, and a scale
+GivenLoRA = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
+GivenLoRAs = str | os.PathLike[str] | Sequence[GivenLoRA]
 _NAME = re.compile(r"(.+)\.(lora_[AB])\.weight|(.+)\.(alpha)")
 
 
@@ -52,21 +64,26 @@ def save_lora(
     }
     adapter = json.dumps({f"transformer.{key}": value for key, value in config.items()})
     partial = folder / f".{WEIGHTS}.partial"
-    save_file(named, partial, metadata={"format": "pt", _METADATA: adapter})
+    save_tensors(named, partial, {"format": "pt", _METADATA: adapter})
     os.replace(partial, folder / WEIGHTS)
     partial = folder / ".lora.yaml.partial"
     partial.write_text(yaml.safe_dump(about, sort_keys=False))
     os.replace(partial, folder / "lora.yaml")
 
 
+def _about(folder: Path) -> dict[str, Any]:
+    """What lora.yaml says; nothing where there is none, or none that can be read."""
+    try:
+        about = yaml.safe_load((folder / "lora.yaml").read_text())
+    except (yaml.YAMLError, OSError, ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
 def lora_step(folder: Path) -> int | None:
     """After how many steps the LoRA in a folder was written; None where nothing says so."""
-    if not (folder / "lora.yaml").is_file():
-        return None
-    try:
-        step = yaml.safe_load((folder / "lora.yaml").read_text())["provenance"]["step"]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
-        return None
+    provenance = _about(folder).get("provenance")
+    step = provenance.get("step") if isinstance(provenance, dict) else None
     return step if isinstance(step, int) else None
 
 
@@ -88,6 +105,15 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return Path(path), scale
 
 
+def as_loras(given: GivenLoRAs) -> list[LoRA]:
+    """What Python code may give: one or several of "PATH", "PATH:SCALE", and (path, scale)."""
+    several = [given] if isinstance(given, str | os.PathLike) else given
+    return [
+        (Path(each[0]), float(each[1])) if isinstance(each, tuple) else parse_lora(os.fspath(each))
+        for each in several
+    ]
+
+
 def _find(path: Path) -> Path:
     """The file of weights that a file or a folder stands for."""
     if path.is_file():
@@ -99,32 +125,76 @@ def _find(path: Path) -> Path:
     raise FileNotFoundError(f"{path}: {what}; expected a LoRA, such as runs/fox/lora")
 
 
-def _adapter_config(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Tensors, and peft's settings as the header has them.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or damaged.
+    """
+    read_header(path)  # says what is wrong with most damaged files
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, (file.metadata() or {}).get(_METADATA)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: a damaged safetensors file ({error})") from error
+
+
+def _is_number(value: object) -> bool:
+    """bool is not one, nor are NaN, Infinity and integers too large for a float, as JSON has them."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _check_settings(config: dict[str, Any]) -> None:
+    """Raises a ValueError at the first setting that makes no sense."""
+    patterns, alpha = config.get("alpha_pattern") or {}, config.get("lora_alpha")
+    if not isinstance(patterns, dict):
+        raise ValueError(f"alpha_pattern is {patterns!r:.60}, expected numbers by layers' names")
+    alphas = {"lora_alpha": alpha} if alpha is not None else {}
+    for name, value in {**alphas, **patterns}.items():
+        if not _is_number(value):
+            raise ValueError(f"{name}: got {value!r:.60}, expected a number")
+    for pattern in patterns:
+        try:
+            _matches(pattern, "")
+        except (re.error, OverflowError) as error:
+            raise ValueError(
+                f"alpha_pattern {pattern!r:.60} is not a regular expression: {error}"
+            ) from error
+    if not isinstance(config.get("use_rslora"), bool | None):
+        raise ValueError(f"use_rslora: got {config['use_rslora']!r:.60}, expected true or false")
+
+
+def _adapter_config(path: Path, text: str | None) -> dict[str, Any]:
     """peft's settings from the file's header or from the file beside it; empty where there are none.
 
     Raises:
         ValueError: they cannot be read.
     """
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(_METADATA)
     beside = path.with_name("adapter_config.json")
     where = path
     try:
-        if text is not None:
-            values = json.loads(text)
-            return {key.removeprefix("transformer."): value for key, value in values.items()}
-        if path.name == _PEFT_WEIGHTS and beside.is_file():
+        if text is None and path.name == _PEFT_WEIGHTS and beside.is_file():
             where = beside
-            return dict(json.loads(beside.read_text()))
-    except (ValueError, AttributeError, TypeError) as error:
+            text = beside.read_text()
+        values = {} if text is None else json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"got {values!r:.60}, expected names and values")
+        config = {key.removeprefix("transformer."): value for key, value in values.items()}
+        _check_settings(config)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: its LoRA settings cannot be read ({error})") from error
-    return {}
+    return config
+
+
+def _matches(pattern: str, layer: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", layer) is not None
 
 
 def _alpha(config: dict[str, Any], layer: str, rank: int) -> float:
     """A layer's alpha by peft's rules: its pattern, else the one for all, else the rank."""
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
+        if _matches(pattern, layer):
             return float(alpha)
     alpha = config.get("lora_alpha")
     return float(rank if alpha is None else alpha)
@@ -136,9 +206,9 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     Raises:
         FileNotFoundError, ValueError: no such file, damaged, or not a plain LoRA.
     """
-    read_header(path)  # says what is wrong with a damaged file
+    tensors, settings = _load(path)
     layers: dict[str, dict[str, Tensor]] = {}
-    for name, value in load_file(path).items():
+    for name, value in tensors.items():
         prefix = next((p for p in _PREFIXES if name.startswith(p)), "")
         found = _NAME.fullmatch(name.removeprefix(prefix))
         if found is None:
@@ -150,7 +220,17 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         layers.setdefault(layer, {})[kind] = value
     if not layers:
         raise ValueError(f"{path}: there is nothing in it; expected the weights of a LoRA")
-    return layers, _adapter_config(path)
+    return layers, _adapter_config(path, settings)
+
+
+def _own_alpha(path: Path, layer: str, tensors: dict[str, Tensor]) -> float | None:
+    """A layer's alpha where it stands beside its weights."""
+    if "alpha" not in tensors:
+        return None
+    if tensors["alpha"].numel() != 1 or not _is_number(tensors["alpha"].item()):
+        got = tensors["alpha"].flatten().tolist()
+        raise ValueError(f"{path}: {layer}'s alpha is {got!s:.60}; expected one number")
+    return tensors["alpha"].item()
 
 
 def _update(
@@ -160,16 +240,30 @@ def _update(
     if not {"lora_A", "lora_B"} <= tensors.keys():
         missing = "lora_A" if "lora_B" in tensors else "lora_B"
         raise ValueError(f"{path}: {layer} has no {missing}; the file is incomplete")
+    for name in ("lora_A", "lora_B"):
+        value = tensors[name]
+        if value.ndim < 2 or value.dtype not in _FLOATS:
+            raise ValueError(
+                f"{path}: {layer}'s {name} is {value.dtype} {tuple(value.shape)}; expected a matrix "
+                "of floating-point numbers"
+            )
     # A convolution's kernel is flat in our linear layer, its elements in the same order.
     a, b = (tensors[name].float().flatten(1) for name in ("lora_A", "lora_B"))
+    rank = a.shape[0]
+    if rank != b.shape[1] or rank == 0:
+        raise ValueError(
+            f"{path}: {layer}'s lora_A is of rank {rank}, its lora_B of rank {b.shape[1]}; expected "
+            "the same, 1 or more"
+        )
     got, wanted = (b.shape[0], a.shape[1]), tuple(linear.weight.shape)
-    if got != wanted or a.shape[0] != b.shape[1]:
+    if got != wanted:
         raise ValueError(
             f"{path}: a LoRA of another model: its {layer} is {'x'.join(map(str, got))} of rank "
-            f"{a.shape[0]}, this model's {'x'.join(map(str, wanted))}"
+            f"{rank}, this model's {'x'.join(map(str, wanted))}"
         )
-    rank = a.shape[0]
-    alpha = tensors["alpha"].item() if "alpha" in tensors else _alpha(config, layer, rank)
+    alpha = _own_alpha(path, layer, tensors)
+    if alpha is None:
+        alpha = _alpha(config, layer, rank)
     factor = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return factor * (b @ a)
 
@@ -195,12 +289,28 @@ def apply_lora(dit: DiT, path: Path, scale: float = 1.0) -> None:
             f"({len(unknown)} of its {len(layers)} layers are unknown)"
         )
     for layer, tensors in layers.items():  # look at all of them before the first is changed
-        meta = {name: value.to("meta") for name, value in tensors.items() if name != "alpha"}
+        meta = {n: value if n == "alpha" else value.to("meta") for n, value in tensors.items()}
         _update(path, layer, meta, config, linears[layer])
     for layer, tensors in layers.items():
         weight = linears[layer].weight
         update = _update(path, layer, tensors, config, linears[layer])
         weight.copy_(weight.float() + scale * update.to(weight.device))
+
+
+def _warn_of_expert(path: Path, flag: str, expert: str) -> None:
+    """Says so where a LoRA's lora.yaml names the other expert."""
+    weights = _find(path)
+    other = _about(weights.parent).get("expert") if weights.name == WEIGHTS else None
+    if other in ("high", "low") and other != expert:
+        _log.warning(
+            "%s %s: trained for the %s-noise expert (its lora.yaml), given to the %s-noise one; "
+            "%s is the other's",
+            flag,
+            path,
+            other,
+            expert,
+            "--lora-low" if flag == "--lora" else "--lora",
+        )
 
 
 def add_loras(model: Model, loras: Sequence[LoRA], low: Sequence[LoRA]) -> None:
@@ -215,4 +325,6 @@ def add_loras(model: Model, loras: Sequence[LoRA], low: Sequence[LoRA]) -> None:
             raise ValueError(f"{flag} {some[0][0]}: this model has no {part}")
         for path, scale in some:
             assert dit is not None
+            if model.dit_low_noise is not None:
+                _warn_of_expert(path, flag, "high" if flag == "--lora" else "low")
             apply_lora(dit, path, scale)

@@ -1,5 +1,6 @@
 """Prompts in, videos out."""
 
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from dit.guidance import GuidanceConfig, GuidedDenoiser, Text, guided_denoiser
 from dit.samplers import Denoiser, SamplerName, run_sampler
 from dit.transformer import DiTConfig
 from dit.vae import VAE
-from sample.lora import LoRA, add_loras
+from sample.lora import GivenLoRAs, add_loras, as_loras
 from sample.model import Model, load_model
 
 MAX_BATCH_CELLS = 64 * 9 * 32 * 32  # pixels of a batch, above which callers split it
@@ -118,6 +119,8 @@ class TextToVideo:
         if model.dit_low_noise is not None:
             self.experts.append(model.dit_low_noise.to(self.device))
         if compile_blocks:
+            if self.device.type == "cpu":  # it warns of a CUDA toolkit without a GPU
+                logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
             for expert in self.experts:
                 for block in expert.blocks:
                     block.compile()
@@ -132,13 +135,14 @@ class TextToVideo:
         *,
         dtype: torch.dtype = torch.bfloat16,
         compile_blocks: bool = False,
-        lora: Sequence[LoRA] = (),
-        lora_low: Sequence[LoRA] = (),
+        lora: GivenLoRAs = (),
+        lora_low: GivenLoRAs = (),
     ) -> "TextToVideo":
         """Loads a model folder onto a device: a GPU where there is one, unless told otherwise.
 
         Args:
-            lora: LoRAs to add to its DiT, in the format of diffusers, each a path and a scale.
+            lora: LoRAs to add to its DiT, in the format of diffusers: one or several paths, each of
+                which may end in :SCALE, or pairs of a path and a scale.
             lora_low: those for the low-noise expert of a model with two.
         Raises:
             FileNotFoundError, ValueError: see `sample.model.load_model` and
@@ -146,7 +150,7 @@ class TextToVideo:
         """
         place = pick_device(device)
         model = load_model(folder, place, dtype=dtype)
-        add_loras(model, lora, lora_low)
+        add_loras(model, as_loras(lora), as_loras(lora_low))
         return cls(model, place, dtype=dtype, compile_blocks=compile_blocks)
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -175,7 +179,7 @@ class TextToVideo:
     @torch.no_grad()
     def __call__(
         self,
-        prompts: Sequence[str] | Text,
+        prompts: str | Sequence[str] | Text,
         *,
         frames: int | None = None,
         height: int | None = None,
@@ -197,7 +201,7 @@ class TextToVideo:
         """One video per prompt; what is None is as the model was trained or imported.
 
         Args:
-            prompts: at least one; or their states and mask, as `text_states` gives them.
+            prompts: one or several; or their states and mask, as `text_states` gives them.
             steps: sampler steps.
             guidance: a config, or the scale of classifier-free guidance, 1 for none.
             guidance_low: scale for the low-noise expert of a model with two; None for the same.
@@ -220,6 +224,7 @@ class TextToVideo:
         size = tuple(b if a is None else a for a, b in zip(size, trained))
         shape = self.latent_shape(*size)
         guidances = self._guidances(guidance, guidance_low)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         texts = self._texts_of(prompts, negative, all(g.scale == 1 for g in guidances))
         count = len(texts[0][0])
         seeds = list(range(count) if seeds is None else seeds)

@@ -204,6 +204,14 @@ def copy_part(
     _write_index(folder, stem, files, sum(header.data_bytes for header in headers))
 
 
+def save_tensors(weights: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """safetensors' save_file, readable to whom other new files are; it leaves them to their owner."""
+    save_file(weights, path, metadata=metadata)
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def _groups(weights: dict[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:
     """Neighbours together, up to max_bytes; a larger tensor is alone."""
     group: dict[str, Tensor] = {}
@@ -222,7 +230,7 @@ def save_part(part: nn.Module, folder: Path, stem: str, max_bytes: int = MAX_SHA
     for i, group in enumerate(groups):
         name = shard_name(stem, i, len(groups))
         weights = {k: v.detach().cpu().contiguous() for k, v in group.items()}
-        save_file(weights, folder / name, metadata={"format": "pt"})
+        save_tensors(weights, folder / name, {"format": "pt"})
         files[name] = list(weights)
     _write_index(folder, stem, files, sum(v.nbytes for group in groups for v in group.values()))
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -28,6 +28,7 @@ from data.manifest import Manifest
 from data.randomness import numpy_generator, permuted_index
 from data.video import VideoReadError, to_float
 from dit.vae import VAE
+from sample.shards import save_tensors
 from train.clips import read_row
 from train.config import DataConfig
 from train.distributed import Ranks
@@ -194,7 +195,7 @@ class LatentCache:
         }
         path = self.shard(index)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        save_file(tensors, partial, metadata={"bad": json.dumps(bad)})
+        save_tensors(tensors, partial, {"bad": json.dumps(bad)})
         os.replace(partial, path)
 
     def bad(self) -> dict[int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -28,6 +29,7 @@ from train.lora import add_adapters, check_objective, export_lora
 from train.recipe import Batch, Recipe, TrainData, counted_noise, counted_uniform
 from train.text_checkpoint import load_text_weights
 
+_log = logging.getLogger(__name__)
 NUM_T_BINS = 10
 _CHUNK = 32  # clips per forward pass when validating or sampling; large ones are fewer
 
@@ -149,6 +151,11 @@ class DiTRecipe(Recipe):
                 f"recipe.init={options.init} holds a VAE alone; give a model with a DiT, or this one "
                 "as recipe.vae with recipe.dit, recipe.text and recipe.objective"
             )
+        if model.info.fps != self.config.data.fps and self.ranks.is_main:
+            _log.warning(
+                "data.fps=%g, but the model in %s is sampled at %g; its motion will change speed",
+                *(self.config.data.fps, options.init, model.info.fps),
+            )
         if (model.dit_low_noise is None) != (options.expert is None):
             raise ValueError(
                 f"recipe.expert={options.expert}, but {options.init} has one DiT; leave it out"
@@ -176,7 +183,7 @@ class DiTRecipe(Recipe):
         info = super().model_info(provenance)
         if self.options.init is None:
             return info
-        origin = {**provenance, "init": str(self.options.init)}
+        origin = {**self._start.info.provenance, **provenance, "init": str(self.options.init)}
         knows_images = self._start.info.image_to_video
         return info.model_copy(update={"provenance": origin, "image_to_video": knows_images})
 

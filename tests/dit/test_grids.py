@@ -20,6 +20,7 @@ from dit.grids import (
     TokenShift,
     UniformGrid,
     WanGrid,
+    checked_shift,
     shift_t,
 )
 from dit.objective import DDPM, FlowMatching
@@ -121,6 +122,16 @@ def test_wan_stops_keep_their_whole_timestep(shift):
     assert plain_differs > 10 or shift != 1
 
 
+@pytest.mark.parametrize("grid", [ShiftedGrid(), WanGrid(), FlowMatchEulerGrid()])
+@pytest.mark.parametrize("shift", [1e-3, 1e3])
+def test_the_farthest_shifts(grid, shift):
+    stops = FlowMatching().grid(50, checked_shift(shift), grid=grid)
+    assert (stops.diff() < 0).all()
+    for beyond in (shift / 2 if shift < 1 else shift * 2, math.nan):
+        with pytest.raises(ValueError, match=r"shift=.*; use 0.001 to 1000, 1 for none"):
+            checked_shift(beyond)
+
+
 def test_shift_from_tokens():
     exponential, sqrt = ExponentialTokenShift(), SqrtTokenShift(base_tokens=1024)
     tokens = torch.tensor([256, 4096, 8192])
@@ -149,6 +160,9 @@ def test_shift_from_tokens():
         (UniformGrid, {"shift": 2.0}),
         (ShiftedGrid, {"shift": 0}),
         (ShiftedGrid, {"shift": math.inf}),
+        (ShiftedGrid, {"shift": 1e-300}),
+        (WanGrid, {"shift": 1e-4}),
+        (FlowMatchEulerGrid, {"shift": 1e4}),
         (KarrasGrid, {"sigma_min": 3.0, "sigma_max": 2.0}),
         (KarrasGrid, {"sigma_min": 0.0}),
         (KarrasGrid, {"rho": -1}),

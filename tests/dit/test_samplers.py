@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 
-from dit.grids import KarrasGrid, ShiftedGrid, SqrtTokenShift, UniformGrid
+from dit.grids import KarrasGrid, ShiftedGrid, SqrtTokenShift, UniformGrid, WanGrid
 from dit.objective import DDPM, FlowMatching, weights
 from dit.samplers import SamplerName, ddim, initial_noise, run_sampler, samplers_for
 
@@ -154,9 +154,16 @@ def test_mistakes():
         (flow, 1, {"grid": torch.tensor([1.0, 0.1])}, "fall from at most 1"),
         (flow, 1, {"grid": torch.tensor([1.5, 0.0])}, "fall from at most 1"),
         (flow, 2, {"grid": torch.tensor([1.0, float("nan"), 0.0])}, "fall from at most 1"),
+        (flow, 2, {"shift": 1e-300}, "shift=1e-300; use 0.001 to 1000, 1 for none"),
+        (flow, 2, {"shift": 1e4, "grid": WanGrid()}, "shift=10000; use 0.001 to 1000"),
         (FlowMatching(token_shift=SqrtTokenShift(base_tokens=4)), 2, {}, "pass num_tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             run(None, objective, num_steps, **options)
+    for name in ("dpmpp_2m", "unipc"):  # a shift that a model folder says
+        with pytest.raises(
+            ValueError, match="two of the sampler's 4 stops are the same noise level"
+        ):
+            run(name, FlowMatching(shift=1e-300), 3)
     with pytest.raises(ValueError, match="one generator per sample"):
         ddim(best_denoiser(ddpm), torch.zeros(2, 1, 1, 1, 1), ddpm.grid(2), ddpm, eta=1.0)

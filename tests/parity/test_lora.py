@@ -1,6 +1,7 @@
 """LoRA files against diffusers and peft, both ways: forward within 1e-5 of the largest, in float32."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from sample.lora import WEIGHTS, apply_lora
+from sample.lora import WEIGHTS, apply_lora, lora_step
 from sample.model import load_model
 from sample.pipeline import TextToVideo
 from train.config import LoRAConfig
@@ -254,10 +255,144 @@ def test_files_that_are_none(adapted, complaint, tmp_path):
         assert message in complaint("--lora", tmp_path / name)
 
 
-def test_settings_that_cannot_be_read(wan_folders, adapted, tmp_path):
+def assert_refused(wan_folders, folder, message):
+    """In one line that names the file, and the model is as it was."""
+    model = wan_folders("t2v")[1]
+    dit, fresh = load_model(model).dit, load_model(model).dit.state_dict()
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        apply_lora(dit, folder)
+    assert str(caught.value).startswith(str(folder))
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, fresh[name]) for name, value in dit.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{", "(Expecting"),
+        ([1], "got [1], expected names and values"),
+        ([], "got [], expected names and values"),
+        ({"lora_alpha": [8]}, "lora_alpha: got [8], expected a number"),
+        ({"lora_alpha": {"a": 1}}, "lora_alpha: got {'a': 1}, expected a number"),
+        ({"lora_alpha": "abc"}, "lora_alpha: got 'abc', expected a number"),
+        ({"lora_alpha": True}, "lora_alpha: got True, expected a number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: got nan, expected a number"),
+        ({"lora_alpha": 10**400}, "expected a number"),
+        ({"alpha_pattern": {"to_q": None}}, "to_q: got None, expected a number"),
+        ({"alpha_pattern": ["to_q"]}, "alpha_pattern is ['to_q'], expected numbers by layers'"),
+        ({"alpha_pattern": "to_q"}, "alpha_pattern is 'to_q', expected numbers by layers' names"),
+        ({"alpha_pattern": {"(": 2}}, "alpha_pattern '(' is not a regular expression"),
+        ({"use_rslora": "false"}, "use_rslora: got 'false', expected true or false"),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+@pytest.mark.parametrize("beside", [False, True], ids=["header", "beside"])
+def test_settings_that_cannot_be_read(wan_folders, adapted, tmp_path, settings, message, beside):
+    text = settings if isinstance(settings, str) else json.dumps(settings)
     export_lora(tmp_path, *adapted(), {})
     weights = load_file(tmp_path / WEIGHTS)
-    for settings in ("{", json.dumps([1])):
-        save_file(weights, tmp_path / WEIGHTS, metadata={"lora_adapter_metadata": settings})
-        with pytest.raises(ValueError, match="its LoRA settings cannot be read"):
-            apply_lora(load_model(wan_folders("t2v")[1]).dit, tmp_path)
+    if beside:
+        (tmp_path / WEIGHTS).unlink()
+        save_file(weights, tmp_path / "adapter_model.safetensors")
+        (tmp_path / "adapter_config.json").write_text(text)
+    else:
+        save_file(weights, tmp_path / WEIGHTS, metadata={"lora_adapter_metadata": text})
+    assert_refused(wan_folders, tmp_path, "its LoRA settings cannot be read")
+    assert_refused(wan_folders, tmp_path, message)
+
+
+LAYER, F4 = "transformer.blocks.1.attn2.to_v", torch.float4_e2m1fn_x2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({".alpha": torch.zeros(0)}, "alpha is []; expected one number"),
+        ({".alpha": torch.ones(2)}, "alpha is [1.0, 1.0]; expected one number"),
+        ({".alpha": torch.tensor(float("inf"))}, "alpha is [inf]; expected one number"),
+        (
+            {".lora_A.weight": torch.zeros(0, 48), ".lora_B.weight": torch.zeros(48, 0)},
+            "blocks.1.attn2.to_v's lora_A is of rank 0, its lora_B of rank 0; expected the same",
+        ),
+        ({".lora_A.weight": torch.zeros(4, 48)}, "lora_A is of rank 4, its lora_B of rank 3"),
+        ({".lora_A.weight": torch.tensor(1.0)}, "lora_A is torch.float32 (); expected a matrix"),
+        ({".lora_A.weight": torch.ones(3)}, "lora_A is torch.float32 (3,); expected a matrix"),
+        ({".lora_B.weight": torch.ones(48)}, "lora_B is torch.float32 (48,); expected a matrix"),
+        ({".lora_B.weight": torch.ones(48, 3).int()}, "lora_B is torch.int32 (48, 3); expected"),
+        ({".lora_B.weight": torch.ones(48, 3).byte().view(F4)}, "lora_B is torch.float4_e2m1fn_x2"),
+    ],
+)
+def test_tensors_that_make_no_sense(wan_folders, adapted, tmp_path, changes, message):
+    export_lora(tmp_path, *adapted(), {})
+    weights = load_file(tmp_path / WEIGHTS)
+    weights.update({f"{LAYER}{kind}": value for kind, value in changes.items()})
+    save_file(weights, tmp_path / WEIGHTS)
+    assert_refused(wan_folders, tmp_path, message)
+
+
+def entry(**changes):
+    """A header's change to its first tensor; None takes a value out."""
+
+    def change(header):
+        first = next(name for name in header if name != "__metadata__")
+        header[first].update(changes)
+        header[first] = {k: v for k, v in header[first].items() if v is not None}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        entry(shape=None),
+        entry(dtype=None),
+        entry(dtype="F33"),
+        entry(dtype=7),
+        entry(shape=[1, 1]),
+        entry(shape=[-3, -48]),
+        entry(shape="3x48"),
+        entry(data_offsets=[4, 8]),
+        entry(data_offsets=[8, 4]),
+        lambda header: header.update(__metadata__={"format": 1}),
+        lambda header: header.update(__metadata__=[1]),
+    ],
+)
+def test_headers_that_lie(wan_folders, adapted, tmp_path, change):
+    export_lora(tmp_path, *adapted(), {})
+    raw = (tmp_path / WEIGHTS).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    (tmp_path / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    assert_refused(wan_folders, tmp_path, "safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("option", "expert", "kind", "warned"),
+    [
+        ("lora", "low", "a14b", True),
+        ("lora_low", "high", "a14b", True),
+        ("lora", "high", "a14b", False),
+        ("lora_low", "low", "a14b", False),
+        ("lora", None, "a14b", False),
+        ("lora", "low", "t2v", False),
+    ],
+)
+def test_a_lora_of_the_other_expert(
+    wan_folders, adapted, tmp_path, caplog, option, expert, kind, warned
+):
+    export_lora(tmp_path, *adapted(), {} if expert is None else {"expert": expert})
+    TextToVideo.from_folder(wan_folders(kind)[1], "cpu", **{option: [(tmp_path, 1.0)]})
+    assert len(caplog.messages) == warned
+    if warned:
+        flags = {"lora": "--lora", "lora_low": "--lora-low"}
+        assert caplog.messages[0].startswith(
+            f"{flags[option]} {tmp_path}: trained for the {expert}"
+        )
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "", "provenance: 3", "when: 2020-99-99", "\xff"])
+def test_what_a_damaged_lora_yaml_says(tmp_path, text):
+    (tmp_path / "lora.yaml").write_text(text, encoding="latin-1")
+    assert lora_step(tmp_path) is None

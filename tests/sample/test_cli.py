@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sample.cli import read_image
 from train.cli import main
 
 
@@ -172,6 +173,7 @@ def test_compiled_blocks_give_the_same_sample(zoetrope, latents, folder, monkeyp
         (["x", "--sampler", "best"], "unknown sampler best; use euler"),
         (["x", "--frames", "0"], "frames=0 does not fit the VAE"),
         (["x", "--shift", "0"], "shift=0.0; use a number above 0"),
+        (["x", "--shift", "1e-300"], "shift=1e-300; use 0.001 to 1000, 1 for none"),
         (
             ["x", "--grid", "fine"],
             "--grid fine: use uniform, shifted, karras, wan, flow_match_euler",
@@ -187,6 +189,23 @@ def test_compiled_blocks_give_the_same_sample(zoetrope, latents, folder, monkeyp
         (["x", "--guidance-interval", "1", "0"], "guidance: interval=1 to 0"),
         (["x", "--guidance-low", "2"], "guidance_low=2: this model has no low-noise expert"),
         (["x", "--reuse", "-1"], "reuse threshold=-1.0; use a finite number, 0 or more"),
+        (
+            ["x", "--guidance-kind", "cfg_zero"],
+            "--steps 1: cfg_zero keeps the noise for the first 1; use 2 or more, or another",
+        ),
+        *(
+            (
+                ["x", "--guidance", "1", *flags],
+                f"guidance 1 is no guidance; leave out {flags[0]} or raise --guidance",
+            )
+            for flags in (
+                ["--negative", "blurry"],
+                ["--guidance-kind", "apg"],
+                ["--guidance-rescale", "0.5"],
+                ["--guidance-interval", "0", "0.5"],
+                ["--sequential"],
+            )
+        ),
         (["x", "--image", "none.png"], "--image none.png: no such file"),
         (["x", "--image", "empty.txt"], "--image empty.txt: not a picture that can be read"),
         (["x", "--image", "grey.png"], "this model was not trained with given first frames"),
@@ -194,6 +213,12 @@ def test_compiled_blocks_give_the_same_sample(zoetrope, latents, folder, monkeyp
         (["x", "--num", "0"], "--num 0: use 1 or more"),
         (["x", "--batch-size", "0"], "--batch-size 0: use 1 or more"),
         (["x", "-o", "out.avi"], "videos are written as .mp4"),
+        (["x", "-o", ""], "-o: no file name given; expected a .mp4, such as out.mp4"),
+        (["x", "-o", "grey.png/out.mp4"], "-o grey.png/out.mp4: grey.png is not a folder"),
+        (
+            ["x", "--sheet", "grey.png/new/s.png"],
+            "--sheet grey.png/new/s.png: grey.png is not a fo",
+        ),
         (["x", "--sheet", "a.jpg"], "expected a .png"),
         (["x", "--prompts", "p.txt"], "one of the two"),
         ([], "one of the two"),
@@ -211,6 +236,90 @@ def test_mistakes_are_one_line(zoetrope, folder, tmp_path, arguments, message):
     assert message in lines[0]
     assert "Traceback" not in errors
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "grey.png"]
+
+
+@pytest.mark.parametrize(
+    ("taken", "flags", "message"),
+    [
+        ("out.mp4", [], "-o out.mp4: is a folder; give a file name"),
+        ("out-001.mp4", ["--num", "2"], "-o out-001.mp4: is a folder"),
+        ("out.gif", ["--gif"], "--gif out.gif: is a folder"),
+        ("out-001.gif", ["--gif", "--num", "2"], "--gif out-001.gif: is a folder"),
+        ("s.png", ["--sheet", "s.png"], "--sheet s.png: is a folder"),
+    ],
+)
+def test_files_that_are_folders(zoetrope, tmp_path, taken, flags, message):
+    """Before the model, which does not even exist, is read."""
+    (tmp_path / taken).mkdir()
+    code, _, errors = zoetrope("sample", "nowhere", "x", *flags)
+    assert code == 2
+    assert f"zoetrope: error: {message}" in errors
+
+
+@pytest.mark.parametrize("flag", ["-o new/x.mp4", "--sheet new/x.png"])
+def test_a_folder_that_may_not_be_written_to(zoetrope, monkeypatch, flag):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    code, _, errors = zoetrope("sample", "nowhere", "x", *flag.split())
+    assert code == 2
+    assert ". is a folder that you may not write to; give another place" in errors
+
+
+def test_folders_are_made(zoetrope, folder, tmp_path):
+    flags = ["-o", "a/b/x.mp4", "--sheet", "c/d/s.png", "--guidance", "1", "--steps", "1"]
+    assert zoetrope("sample", folder, "x", *flags)[0] == 0
+    assert (tmp_path / "a/b/x.mp4").is_file()
+    assert (tmp_path / "c/d/s.png").is_file()
+
+
+def test_guidance_of_one_expert_alone(zoetrope, experts_folder):
+    """What guidance flags say holds for the other one."""
+    flags = ["--guidance", "1", "--negative", "blurry", "--steps", "1"]
+    assert zoetrope("sample", experts_folder, "x", *flags, "--guidance-low", "2")[0] == 0
+    code, _, errors = zoetrope("sample", experts_folder, "x", *flags, "--guidance-low", "1")
+    assert code == 2
+    assert "guidance 1 is no guidance" in errors
+
+
+GREY = np.arange(256).reshape(16, 16)
+ROTATED = Image.Exif()
+ROTATED[0x112] = 6  # orientation: to be turned by 90 degrees
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected", "options"),
+    [
+        ("a.png", GREY.astype(np.uint8), GREY, {}),
+        ("a.png", (GREY * 257).astype(np.uint16), GREY, {}),
+        ("a.tif", (GREY * 257).astype(np.uint16), GREY, {}),
+        ("a.tif", (GREY * 257).astype(">u2"), GREY, {}),
+        ("a.pgm", (GREY * 257).astype(np.uint16), GREY, {}),
+        ("a.png", (GREY * 257).astype(np.uint16), np.rot90(GREY, -1), {"exif": ROTATED}),
+        ("a.png", GREY.astype(np.uint8), np.where(GREY == 9, 255, GREY), {"transparency": 9}),
+        ("a.png", np.full((16, 16, 4), [60, 60, 60, 0], np.uint8), 255 + 0 * GREY, {}),
+        ("a.png", np.full((16, 16, 4), [60, 60, 60, 51], np.uint8), 216 + 0 * GREY, {}),
+    ],
+)
+def test_pictures_of_every_kind(tmp_path, name, values, expected, options):
+    Image.fromarray(values).save(tmp_path / name, **options)
+    picture = (read_image(tmp_path / name, 16, 16) + 1) * 127.5
+    for channel in picture:
+        np.testing.assert_allclose(channel.numpy(), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pictures_of_32_bits_are_refused(tmp_path, dtype):
+    Image.fromarray(GREY.astype(dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(
+        ValueError, match=r"a\.tif: has 32 bits a value; expected a picture of 8 or"
+    ):
+        read_image(tmp_path / "a.tif", 16, 16)
+
+
+def test_a_picture_that_is_too_large(tmp_path, monkeypatch):
+    Image.new("L", (16, 16)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"--image .*a\.png: too large; make it smaller"):
+        read_image(tmp_path / "a.png", 16, 16)
 
 
 def test_no_model_folder(zoetrope):

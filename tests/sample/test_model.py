@@ -1,5 +1,6 @@
 """Model folders: everything comes back, and what is damaged is named."""
 
+import os
 import shutil
 
 import pytest
@@ -153,3 +154,13 @@ def cut_objective(folder):
     contents = yaml.safe_load(path.read_text())
     del contents["objective"]
     path.write_text(yaml.safe_dump(contents))
+
+
+def test_others_may_read_what_new_files_let_them(folder, tmp_path):
+    before = os.umask(0o022)
+    try:
+        save_model(tmp_path / "m", load_model(folder))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "m").glob("*.*")}
+    assert set(modes.values()) == {0o644}

@@ -1,9 +1,12 @@
 """Prompts to tensors: shapes, seeds, batches, and sizes that do not fit."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from dit.guidance import GuidanceConfig
+from sample.lora import as_loras
 from sample.model import Model, SamplingDefaults, load_model
 from sample.pipeline import TextToVideo, Work
 
@@ -19,6 +22,10 @@ def test_defaults_are_what_the_model_was_trained_on(pipeline):
     assert video.dtype is torch.float32
     assert video.abs().max() <= 1
     assert video.std() > 1e-3
+
+
+def test_one_prompt_needs_no_list(pipeline):
+    assert torch.equal(pipeline("a red circle", steps=2), pipeline(["a red circle"], steps=2))
 
 
 def test_other_sizes_and_a_single_image(pipeline):
@@ -186,3 +193,21 @@ def test_no_prompts_and_no_dit(pipeline, model):
         pipeline([])
     with pytest.raises(ValueError, match="holds a VAE alone"):
         TextToVideo(Model(model.vae, model.info))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("a/lora", [(Path("a/lora"), 1.0)]),
+        (Path("a/lora"), [(Path("a/lora"), 1.0)]),
+        (["a:0.5", ("b", 2)], [(Path("a"), 0.5), (Path("b"), 2.0)]),
+        ((), []),
+    ],
+)
+def test_ways_to_give_loras(given, expected):
+    assert as_loras(given) == expected
+
+
+def test_a_lora_that_is_not_there(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="lora"):
+        TextToVideo.from_folder(folder, "cpu", lora=str(tmp_path / "lora"))

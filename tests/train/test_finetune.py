@@ -249,6 +249,21 @@ def test_resume_refuses_another_base(start, wan, tmp_path):
         start(base, recipe={"lora": {**LORA, "rank": 3}})
 
 
+def test_another_fps_is_said(start, wan, caplog):
+    values = {"lora": LORA}
+    model = wan("t2v")
+    start(model, recipe=values)
+    assert "data.fps" not in caplog.text
+    contents = yaml.safe_load((model / "model.yaml").read_text())
+    try:
+        changed = {**contents, "info": {**contents["info"], "fps": 24}}
+        (model / "model.yaml").write_text(yaml.safe_dump(changed))
+        start(model, name="other", recipe=values)
+        assert "is sampled at 24; its motion will change speed" in caplog.text
+    finally:
+        (model / "model.yaml").write_text(yaml.safe_dump(contents))
+
+
 def test_resume_refuses_a_base_with_other_settings(start, wan, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(wan("t2v"), base)

@@ -159,7 +159,10 @@ def test_resume_refuses_another_vae(room, tmp_path):
         room.train(out, "dit", **again)
     (_, path) = list_checkpoints(out / "checkpoints")[-1]
     state = read_state(path)
-    assert list(state.pop("frozen")) == ["VAE", "model.yaml"]  # as a checkpoint of an earlier version
+    assert list(state.pop("frozen")) == [
+        "VAE",
+        "model.yaml",
+    ]  # as a checkpoint of an earlier version
     (path / "state.json").write_text(json.dumps(state))
     room.train(out, "dit", **again)
     assert (out / "model" / "model.yaml").is_file()
