@@ -12,6 +12,7 @@ is linear, so training starts near a linear codec and adds what convolutions can
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -43,17 +44,41 @@ class VAEConfig(BaseModel):
         return self
 
 
-def space_to_depth(x: Tensor, ft: int, fs: int) -> Tensor:
-    """(b c f h w) -> (b c*ft*fs*fs f' h/fs w/fs), f' = 1 + (f - 1) / ft; frame 1 fills its group."""
-    if ft > 1:
-        x = torch.cat([x[:, :, :1].expand(-1, -1, ft - 1, -1, -1), x], dim=2)
+class Stream:
+    """What a network remembers of a clip between one chunk of frames and the next: for every causal
+    convolution the last frames that it saw. With it, chunks give what the whole clip gives."""
+
+    def __init__(self) -> None:
+        self.begun = False  # whether the clip's first frame has been seen
+        self._frames: dict[nn.Module, Tensor] = {}
+
+    def extend(self, layer: nn.Module, x: Tensor, count: int) -> Tensor:
+        """x (b c f h w) with the `count` frames before it, which at the clip's start repeat its first;
+        remembers those before the next chunk."""
+        before = self._frames[layer] if self.begun else _repeat_first(x, count)
+        x = torch.cat([before, x], dim=2)
+        self._frames[layer] = x[:, :, -count:].clone()  # a view would keep all of x
+        return x
+
+
+def _repeat_first(x: Tensor, count: int) -> Tensor:
+    return x[:, :, :1].expand(-1, -1, count, -1, -1)
+
+
+def space_to_depth(x: Tensor, ft: int, fs: int, *, first: bool = True) -> Tensor:
+    """(b c f h w) -> (b c*ft*fs*fs f' h/fs w/fs), f' = 1 + (f - 1) / ft; frame 1 fills its group.
+
+    A later chunk of a clip, `first` false, has f' = f / ft.
+    """
+    if ft > 1 and first:
+        x = torch.cat([_repeat_first(x, ft - 1), x], dim=2)
     return rearrange(x, "b c (f i) (h j) (w k) -> b (c i j k) f h w", i=ft, j=fs, k=fs)
 
 
-def depth_to_space(x: Tensor, ft: int, fs: int) -> Tensor:
+def depth_to_space(x: Tensor, ft: int, fs: int, *, first: bool = True) -> Tensor:
     """The inverse of `space_to_depth`, with the repeats of the first frame dropped."""
     x = rearrange(x, "b (c i j k) f h w -> b c (f i) (h j) (w k)", i=ft, j=fs, k=fs)
-    return x[:, :, ft - 1 :]
+    return x[:, :, ft - 1 :] if first else x
 
 
 class ChannelNorm(nn.Module):
@@ -70,9 +95,13 @@ class CausalConv(nn.Conv3d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=3, padding=(0, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        before = x[:, :, :1].expand(-1, -1, 2, -1, -1)
-        return super().forward(torch.cat([before, x], dim=2))
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        if stream is None:
+            return super().forward(torch.cat([_repeat_first(x, 2), x], dim=2))
+        return super().forward(stream.extend(self, x, 2))
+
+
+_CONVS = 2  # in a residual block, each of which sees a pixel further in every direction
 
 
 class ResidualBlock(nn.Module):
@@ -85,9 +114,9 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv_2.weight)
         nn.init.zeros_(self.conv_2.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv_1(F.silu(self.norm_1(x)))
-        return x + self.conv_2(F.silu(self.norm_2(y)))
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        y = self.conv_1(F.silu(self.norm_1(x)), stream)
+        return x + self.conv_2(F.silu(self.norm_2(y)), stream)
 
 
 def _pointwise(in_channels: int, out_channels: int) -> nn.Conv3d:
@@ -107,13 +136,27 @@ class Encoder(nn.Module):
         for width, (ft, fs) in zip(config.widths, config.factors):
             self.down.append(_pointwise(channels * ft * fs * fs, width))
             blocks = [ResidualBlock(width) for _ in range(config.num_blocks)]
-            self.blocks.append(nn.Sequential(*blocks))
+            self.blocks.append(nn.ModuleList(blocks))
             channels = width
         self.head = _pointwise(channels, 2 * config.latent_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def halo(self) -> int:
+        """Latent pixels around a tile that its latents depend on."""
+        scale, reach = 1, 0  # in pixels
+        for (_, fs), blocks in zip(self.factors, self.blocks):
+            scale *= fs
+            reach += scale * _CONVS * len(blocks)  # type: ignore[arg-type]
+        return -(-reach // scale)
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        first = stream is None or not stream.begun
         for (ft, fs), down, blocks in zip(self.factors, self.down, self.blocks):
-            x = blocks(down(space_to_depth(x, ft, fs)))
+            x = down(space_to_depth(x, ft, fs, first=first))
+            for block in blocks:  # type: ignore[attr-defined]
+                x = block(x, stream)
+        if stream is not None:
+            stream.begun = True
         return self.head(x)
 
 
@@ -128,13 +171,26 @@ class Decoder(nn.Module):
         widths = config.widths[::-1]
         for width, after, (ft, fs) in zip(widths, (*widths[1:], 3), self.factors):
             blocks = [ResidualBlock(width) for _ in range(config.num_blocks)]
-            self.blocks.append(nn.Sequential(*blocks))
+            self.blocks.append(nn.ModuleList(blocks))
             self.up.append(_pointwise(width, after * ft * fs * fs))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
+    @property
+    def halo(self) -> int:
+        """Latent pixels around a tile that its pixels depend on."""
+        scale, reach = 1, Fraction(0)
+        for (_, fs), blocks in zip(self.factors, self.blocks):
+            reach += Fraction(_CONVS * len(blocks), scale)  # type: ignore[arg-type]
+            scale *= fs
+        return math.ceil(reach)
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        first, x = stream is None or not stream.begun, self.stem(x)
         for (ft, fs), blocks, up in zip(self.factors, self.blocks, self.up):
-            x = depth_to_space(up(blocks(x)), ft, fs)
+            for block in blocks:  # type: ignore[attr-defined]
+                x = block(x, stream)
+            x = depth_to_space(up(x), ft, fs, first=first)
+        if stream is not None:
+            stream.begun = True
         return x
 
 
@@ -226,24 +282,31 @@ class VideoVAE(VAE):
     def spatial_factor(self) -> int:
         return math.prod(fs for _, fs in self.config.factors)
 
-    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, video: Tensor, stream: Stream | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the posterior before normalisation, both (b c f' h' w').
 
         Raises:
             ValueError: the clip's size does not fit.
         """
-        self.latent_shape(*video.shape[2:])
-        mean, log_variance = self.encoder(video).chunk(2, dim=1)
+        f, h, w = video.shape[2:]
+        later = stream is not None and stream.begun
+        if later and f % self.temporal_factor:
+            raise ValueError(
+                f"a later chunk of {f} frames does not fit the VAE: it needs a multiple of "
+                f"{self.temporal_factor}"
+            )
+        self.latent_shape(f + 1 if later else f, h, w)
+        mean, log_variance = self.encoder(video, stream).chunk(2, dim=1)
         # Beyond these bounds exp() overflows bfloat16's useful range and the KL gradient with it.
         return mean, log_variance.clamp(-30, 20)
 
-    def encode(self, video: Tensor) -> Posterior:
-        mean, log_variance = self.moments(video)
+    def encode(self, video: Tensor, stream: Stream | None = None) -> Posterior:
+        mean, log_variance = self.moments(video, stream)
         center, scale = (s.view(-1, 1, 1, 1) for s in (self.latent_mean, self.latent_std))
         return Posterior(
             (mean.float() - center) / scale, (0.5 * log_variance.float()).exp() / scale
         )
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
         center, scale = (s.view(-1, 1, 1, 1) for s in (self.latent_mean, self.latent_std))
-        return self.decoder(latents * scale + center)
+        return self.decoder(latents * scale + center, stream)
