@@ -1,6 +1,7 @@
 """Prompts in, videos out."""
 
 import logging
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -16,11 +17,13 @@ from dit.grids import GridConfig
 from dit.guidance import GuidanceConfig, GuidedDenoiser, Text, guided_denoiser
 from dit.samplers import Denoiser, SamplerName, run_sampler
 from dit.transformer import DiTConfig
-from dit.vae import VAE
+from dit.vae import VAE, VideoVAE
+from dit.vae_parts import decode_in_parts
 from sample.lora import GivenLoRAs, add_loras, as_loras
 from sample.model import Model, load_model
 
 MAX_BATCH_CELLS = 64 * 9 * 32 * 32  # pixels of a batch, above which callers split it
+DECODED_PIXELS = 2**22  # at once, by our own VAE
 _MAX_CACHED_TEXTS = 64  # 8 MB each for Wan's text encoder
 
 
@@ -263,13 +266,28 @@ class TextToVideo:
         self.work = _work(guided)
         if output == "latents":
             return latents.float().cpu()
-        video = self.vae.decode(latents.float())
+        video = self._decode(latents.float())
         if not torch.isfinite(video).all():
             raise ValueError(
                 "the sampled video has values that are not finite; use another guidance or sampler, "
                 "or check the model's weights"
             )
         return video.clamp(-1, 1).cpu()
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Our own VAE works on parts where the whole clip is large, with the same result."""
+        if not isinstance(self.vae, VideoVAE):
+            return self.vae.decode(latents)
+        b, _, f, h, w = latents.shape
+        pixels = b * self.vae.temporal_factor * self.vae.spatial_factor**2  # of a latent
+        chunk = max(1, DECODED_PIXELS // (pixels * h * w))
+        tile = max(8, math.isqrt(DECODED_PIXELS // pixels))
+        return decode_in_parts(
+            self.vae,
+            latents,
+            chunk=None if chunk >= f else chunk,
+            tile=None if tile >= max(h, w) else tile,
+        )
 
     def _autocast(self) -> torch.autocast:
         half = self.dtype is not torch.float32

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dit.guidance import GuidanceConfig
+from dit.vae import VideoVAE
 from sample.lora import as_loras
 from sample.model import Model, SamplingDefaults, load_model
 from sample.pipeline import TextToVideo, Work
@@ -83,6 +84,23 @@ def test_the_vae_works_in_float32(pipeline):
         expected = pipeline.vae.decode(latents)
     video = pipeline(["x"], steps=2)
     torch.testing.assert_close(video, expected.clamp(-1, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_large_clips_are_decoded_in_parts(pipeline, monkeypatch):
+    size = {"frames": 17, "height": 96, "width": 64}
+    whole = pipeline(["x"], steps=1, **size)
+    seen, decode = [], VideoVAE.decode
+
+    def note(self, latents, stream):
+        seen.append(latents.shape[2:])
+        return decode(self, latents, stream)
+
+    monkeypatch.setattr(VideoVAE, "decode", note)
+    monkeypatch.setattr("sample.pipeline.DECODED_PIXELS", 4096)
+    parts = pipeline(["x"], steps=1, **size)
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+    assert len(seen) > 10
+    assert max(f * h * w for f, h, w in seen) < 17 * 96 * 64 / 4**3 / 4
 
 
 def test_latents_noise_and_states(pipeline):
