@@ -75,7 +75,9 @@ def latents(monkeypatch):
     from dit.vae import VideoVAE
 
     seen, decode = [], VideoVAE.decode
-    monkeypatch.setattr(VideoVAE, "decode", lambda self, x: (seen.append(x), decode(self, x))[1])
+    monkeypatch.setattr(
+        VideoVAE, "decode", lambda self, x, *more: (seen.append(x), decode(self, x, *more))[1]
+    )
     return seen
 
 
