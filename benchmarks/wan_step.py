@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import matmul_rate, median_ms
 from dit.transformer import DiT, DiTConfig
+from sample.wan_config import transformer_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,19 +61,8 @@ SIZES = {
 
 def both_networks(config: DiTConfig, device: torch.device) -> tuple[DiT, WanTransformer3DModel]:
     """Ours and theirs, with nothing at zero; not with the same numbers, which cost nothing."""
-    theirs = WanTransformer3DModel(
-        patch_size=config.patch_size,
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.dim // config.num_heads,
-        in_channels=config.in_channels,
-        out_channels=config.in_channels,
-        text_dim=config.context_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.mlp_dim,
-        num_layers=config.num_blocks,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-    )
+    theirs = WanTransformer3DModel.from_config(transformer_json(config))
+    assert isinstance(theirs, WanTransformer3DModel)
     ours = DiT(config)
     for parameter in (*ours.parameters(), *theirs.parameters()):
         if parameter.eq(0).all():

@@ -6,7 +6,7 @@ then depends on the part alone. Sizes of parts are in latents: frames of a chunk
 tile.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +29,6 @@ def spans(size: int, length: int | None, halo: int) -> list[Span]:
     step = size if length is None else length
     ends = [(start, min(start + step, size)) for start in range(0, size, step)]
     return [Span((a, b), (max(0, a - halo), min(size, b + halo))) for a, b in ends]
-
-
-def chunks(num_latent_frames: int, chunk: int | None) -> Iterator[tuple[int, int]]:
-    """Latent frames from start to stop, `chunk` at a time."""
-    step = num_latent_frames if chunk is None else chunk
-    for start in range(0, num_latent_frames, step):
-        yield start, min(start + step, num_latent_frames)
 
 
 def _check(**parts: int | None) -> None:
@@ -61,7 +54,7 @@ def encode_in_parts(
     out = torch.empty(2, len(video), c, f, h, w, device=video.device)
 
     def run(start: int, stop: int, rows: Span, columns: Span, stream: Stream | None) -> None:
-        frames = slice(max(0, 1 + (start - 1) * ft), 1 + (stop - 1) * ft)
+        frames = _frames(start, stop, ft)
         window = _window(rows.outer, fs), _window(columns.outer, fs)
         posterior = vae.encode(video[:, :, frames, *window], stream)
         inner = _inner(rows, 1), _inner(columns, 1)
@@ -85,12 +78,17 @@ def decode_in_parts(
     def run(start: int, stop: int, rows: Span, columns: Span, stream: Stream | None) -> None:
         window = slice(*rows.outer), slice(*columns.outer)
         video = vae.decode(latents[:, :, start:stop, *window], stream)
-        frames = slice(max(0, 1 + (start - 1) * ft), 1 + (stop - 1) * ft)
+        frames = _frames(start, stop, ft)
         place = out[:, :, frames, _window(rows.inner, fs), _window(columns.inner, fs)]
         place.copy_(video[..., _inner(rows, fs), _inner(columns, fs)])
 
     _each_part((f, h, w), chunk, tile, vae.decoder.halo, run)
     return out
+
+
+def _frames(start: int, stop: int, factor: int) -> slice:
+    """The frames of some latent frames, of which the first has one and every other `factor`."""
+    return slice(max(0, 1 + (start - 1) * factor), 1 + (stop - 1) * factor)
 
 
 def _window(span: tuple[int, int], factor: int) -> slice:
@@ -115,5 +113,5 @@ def _each_part(
     for rows in spans(h, tile, halo):
         for columns in spans(w, tile, halo):
             stream = None if chunk is None else Stream()
-            for start, stop in chunks(f, chunk):
-                run(start, stop, rows, columns, stream)
+            for frames in spans(f, chunk, 0):  # the stream is their halo
+                run(*frames.inner, rows, columns, stream)

@@ -44,6 +44,12 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
     return device
 
 
+def quiet_compiler(device: torch.device) -> None:
+    """On a CPU torch.compile warns of a CUDA toolkit without a GPU; this keeps it from that."""
+    if device.type == "cpu":
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
 def two_experts(high: Denoiser, low: Denoiser, boundary: float) -> Denoiser:
     """`high` from t = 1 down to the boundary, `low` below it; the noisiest frame decides."""
     return lambda x, t: (high if (t >= boundary).any() else low)(x, t)
@@ -122,8 +128,7 @@ class TextToVideo:
         if model.dit_low_noise is not None:
             self.experts.append(model.dit_low_noise.to(self.device))
         if compile_blocks:
-            if self.device.type == "cpu":  # it warns of a CUDA toolkit without a GPU
-                logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+            quiet_compiler(self.device)
             for expert in self.experts:
                 for block in expert.blocks:
                     block.compile()

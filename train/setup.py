@@ -19,6 +19,7 @@ from data.manifest import read_manifest
 from data.randomness import stream_seed
 from sample.lora import lora_step
 from sample.model import read_model_file
+from sample.pipeline import quiet_compiler
 from train import checkpoint
 from train.checkpoint import TrainState
 from train.config import RunConfig, TrainConfig, VAERecipeConfig, differing_key
@@ -83,8 +84,7 @@ def compile_blocks(recipe: Recipe, *, optional: bool) -> None:
     Raises:
         ValueError: torch.compile does not work on this machine, and was asked for.
     """
-    if recipe.ranks.device.type == "cpu":  # it warns of a CUDA toolkit without a GPU
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    quiet_compiler(recipe.ranks.device)
     probe = torch.ones(8, device=next(recipe.parameters()).device)
     try:
         torch.compile(lambda x: x * 2 + 1)(probe)

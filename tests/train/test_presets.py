@@ -8,6 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from dit.transformer import DiT, DiTConfig
+from sample.wan_config import transformer_json
 from train.config import DiTRecipeConfig
 from train.config_file import load_config
 from train.plan import plan
@@ -41,15 +42,7 @@ def on_meta(config: DiTConfig) -> DiT:
 
 def wans(config: DiTConfig) -> WanTransformer3DModel:
     with torch.device("meta"):
-        return WanTransformer3DModel(
-            num_attention_heads=config.num_heads,
-            attention_head_dim=config.dim // config.num_heads,
-            in_channels=config.in_channels,
-            out_channels=config.in_channels,
-            text_dim=config.context_dim,
-            ffn_dim=config.mlp_dim,
-            num_layers=config.num_blocks,
-        )
+        return WanTransformer3DModel.from_config(transformer_json(config))
 
 
 def test_every_preset_is_tested():
