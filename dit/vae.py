@@ -16,10 +16,18 @@ from fractions import Fraction
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
+
+from dit.vae_layers import (
+    Blur,
+    Pointwise,
+    ResidualBlock,
+    Stream,
+    depth_to_space,
+    haar_basis,
+    space_to_depth,
+)
 
 Factor = tuple[PositiveInt, PositiveInt]  # time, space
 
@@ -33,7 +41,10 @@ class VAEConfig(BaseModel):
     latent_channels: PositiveInt
     widths: tuple[PositiveInt, ...] = Field(min_length=1)
     factors: tuple[Factor, ...]
-    num_blocks: NonNegativeInt = 1  # residual blocks per stage, in the encoder and in the decoder
+    # Residual blocks per stage, in the encoder and in the decoder: one number, or one for each stage.
+    num_blocks: NonNegativeInt | tuple[NonNegativeInt, ...] = 1
+    stem: Literal["space_to_depth", "haar"] = "space_to_depth"  # how the first stage sees pixels
+    antialias: bool = False  # a low-pass at the resolution changes after the stem
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "VAEConfig":
@@ -41,89 +52,38 @@ class VAEConfig(BaseModel):
             raise ValueError(
                 f"{len(self.widths)} widths but {len(self.factors)} factors; give one per stage"
             )
+        if isinstance(self.num_blocks, tuple) and len(self.num_blocks) != len(self.widths):
+            raise ValueError(
+                f"{len(self.num_blocks)} num_blocks but {len(self.widths)} widths; give one number, or "
+                "one per stage"
+            )
+        if self.stem == "haar" and any(n & (n - 1) for n in self.factors[0]):
+            raise ValueError(
+                f"stem=haar needs powers of 2 as factors of the first stage, got {self.factors[0]}"
+            )
         return self
 
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Residual blocks of each stage."""
+        if isinstance(self.num_blocks, tuple):
+            return self.num_blocks
+        return (self.num_blocks,) * len(self.widths)
 
-class Stream:
-    """What a network remembers of a clip between one chunk of frames and the next: for every causal
-    convolution the last frames that it saw. With it, chunks give what the whole clip gives."""
+    def basis(self) -> Tensor | None:
+        """What the stem expresses pixels in, if not themselves."""
+        return haar_basis(3, *self.factors[0]) if self.stem == "haar" else None
 
-    def __init__(self) -> None:
-        self.begun = False  # whether the clip's first frame has been seen
-        self._frames: dict[nn.Module, Tensor] = {}
-
-    def extend(self, layer: nn.Module, x: Tensor, count: int) -> Tensor:
-        """x (b c f h w) with the `count` frames before it, which at the clip's start repeat its first;
-        remembers those before the next chunk."""
-        before = self._frames[layer] if self.begun else _repeat_first(x, count)
-        x = torch.cat([before, x], dim=2)
-        self._frames[layer] = x[:, :, -count:].clone()  # a view would keep all of x
-        return x
-
-
-def _repeat_first(x: Tensor, count: int) -> Tensor:
-    return x[:, :, :1].expand(-1, -1, count, -1, -1)
+    def blur(self, stage: int) -> Blur | None:
+        """The low-pass before a stage's reduction; the decoder's, after its enlargement."""
+        time, space = (factor > 1 for factor in self.factors[stage])
+        if stage == 0 or not self.antialias or not (time or space):
+            return None
+        return Blur(time=time, space=space)
 
 
-def space_to_depth(x: Tensor, ft: int, fs: int, *, first: bool = True) -> Tensor:
-    """(b c f h w) -> (b c*ft*fs*fs f' h/fs w/fs), f' = 1 + (f - 1) / ft; frame 1 fills its group.
-
-    A later chunk of a clip, `first` false, has f' = f / ft.
-    """
-    if ft > 1 and first:
-        x = torch.cat([_repeat_first(x, ft - 1), x], dim=2)
-    return rearrange(x, "b c (f i) (h j) (w k) -> b (c i j k) f h w", i=ft, j=fs, k=fs)
-
-
-def depth_to_space(x: Tensor, ft: int, fs: int, *, first: bool = True) -> Tensor:
-    """The inverse of `space_to_depth`, with the repeats of the first frame dropped."""
-    x = rearrange(x, "b (c i j k) f h w -> b c (f i) (h j) (w k)", i=ft, j=fs, k=fs)
-    return x[:, :, ft - 1 :] if first else x
-
-
-class ChannelNorm(nn.Module):
-    """Divides each position of (b c f h w) by the RMS of its channels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
-        return x * (x.shape[1] ** 0.5 / (norm + 1e-4)).to(x.dtype)
-
-
-class CausalConv(nn.Conv3d):
-    """3x3x3 convolution that sees two earlier frames; before the clip, its first frame repeats."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=3, padding=(0, 1, 1))
-
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
-        if stream is None:
-            return super().forward(torch.cat([_repeat_first(x, 2), x], dim=2))
-        return super().forward(stream.extend(self, x, 2))
-
-
-_CONVS = 2  # in a residual block, each of which sees a pixel further in every direction
-
-
-class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), the last convolution starting at zero."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm_1, self.conv_1 = ChannelNorm(), CausalConv(channels, channels)
-        self.norm_2, self.conv_2 = ChannelNorm(), CausalConv(channels, channels)
-        nn.init.zeros_(self.conv_2.weight)
-        nn.init.zeros_(self.conv_2.bias)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
-        y = self.conv_1(F.silu(self.norm_1(x)), stream)
-        return x + self.conv_2(F.silu(self.norm_2(y)), stream)
-
-
-def _pointwise(in_channels: int, out_channels: int) -> nn.Conv3d:
-    layer = nn.Conv3d(in_channels, out_channels, kernel_size=1)
-    nn.init.orthogonal_(layer.weight)
-    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-    return layer
+def _blocks(width: int, depth: int) -> nn.ModuleList:
+    return nn.ModuleList(ResidualBlock(width) for _ in range(depth))
 
 
 class Encoder(nn.Module):
@@ -133,25 +93,30 @@ class Encoder(nn.Module):
         super().__init__()
         self.factors = config.factors
         channels, self.down, self.blocks = 3, nn.ModuleList(), nn.ModuleList()
-        for width, (ft, fs) in zip(config.widths, config.factors):
-            self.down.append(_pointwise(channels * ft * fs * fs, width))
-            blocks = [ResidualBlock(width) for _ in range(config.num_blocks)]
-            self.blocks.append(nn.ModuleList(blocks))
+        self.blurs = nn.ModuleList()
+        for stage, ((ft, fs), width) in enumerate(zip(config.factors, config.widths)):
+            self.blurs.append(config.blur(stage) or nn.Identity())
+            basis = config.basis() if stage == 0 else None
+            self.down.append(Pointwise(channels * ft * fs * fs, width, basis))
+            self.blocks.append(_blocks(width, config.depths[stage]))
             channels = width
-        self.head = _pointwise(channels, 2 * config.latent_channels)
+        self.head = Pointwise(channels, 2 * config.latent_channels)
 
     @property
     def halo(self) -> int:
         """Latent pixels around a tile that its latents depend on."""
         scale, reach = 1, 0  # in pixels
-        for (_, fs), blocks in zip(self.factors, self.blocks):
+        for (_, fs), blur, blocks in zip(self.factors, self.blurs, self.blocks):
+            reach += scale * getattr(blur, "reach", 0)
             scale *= fs
-            reach += scale * _CONVS * len(blocks)  # type: ignore[arg-type]
+            reach += scale * ResidualBlock.reach * len(blocks)  # type: ignore[arg-type]
         return -(-reach // scale)
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         first = stream is None or not stream.begun
-        for (ft, fs), down, blocks in zip(self.factors, self.down, self.blocks):
+        for (ft, fs), blur, down, blocks in zip(self.factors, self.blurs, self.down, self.blocks):
+            if isinstance(blur, Blur):
+                x = blur(x, stream)
             x = down(space_to_depth(x, ft, fs, first=first))
             for block in blocks:  # type: ignore[attr-defined]
                 x = block(x, stream)
@@ -166,29 +131,33 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.factors = config.factors[::-1]
-        self.stem = _pointwise(config.latent_channels, config.widths[-1])
-        self.up, self.blocks = nn.ModuleList(), nn.ModuleList()
-        widths = config.widths[::-1]
-        for width, after, (ft, fs) in zip(widths, (*widths[1:], 3), self.factors):
-            blocks = [ResidualBlock(width) for _ in range(config.num_blocks)]
-            self.blocks.append(nn.ModuleList(blocks))
-            self.up.append(_pointwise(width, after * ft * fs * fs))
+        self.stem = Pointwise(config.latent_channels, config.widths[-1])
+        self.up, self.blocks, self.blurs = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for stage in reversed(range(len(config.widths))):
+            (ft, fs), width = config.factors[stage], config.widths[stage]
+            after, basis = (config.widths[stage - 1], None) if stage else (3, config.basis())
+            self.blocks.append(_blocks(width, config.depths[stage]))
+            self.up.append(Pointwise(width, after * ft * fs * fs, basis, synthesis=True))
+            self.blurs.append(config.blur(stage) or nn.Identity())
 
     @property
     def halo(self) -> int:
         """Latent pixels around a tile that its pixels depend on."""
         scale, reach = 1, Fraction(0)
-        for (_, fs), blocks in zip(self.factors, self.blocks):
-            reach += Fraction(_CONVS * len(blocks), scale)  # type: ignore[arg-type]
+        for (_, fs), blocks, blur in zip(self.factors, self.blocks, self.blurs):
+            reach += Fraction(ResidualBlock.reach * len(blocks), scale)  # type: ignore[arg-type]
             scale *= fs
+            reach += Fraction(getattr(blur, "reach", 0), scale)
         return math.ceil(reach)
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         first, x = stream is None or not stream.begun, self.stem(x)
-        for (ft, fs), blocks, up in zip(self.factors, self.blocks, self.up):
+        for (ft, fs), blocks, up, blur in zip(self.factors, self.blocks, self.up, self.blurs):
             for block in blocks:  # type: ignore[attr-defined]
                 x = block(x, stream)
             x = depth_to_space(up(x), ft, fs, first=first)
+            if isinstance(blur, Blur):
+                x = blur(x, stream)
         if stream is not None:
             stream.begun = True
         return x
@@ -206,11 +175,36 @@ class Posterior:
         return self.mean + self.std * noise
 
 
+def check_pixels(video: Tensor) -> None:
+    """Raises ValueError: not floating-point video (b 3 f h w) with finite values in [-1, 1]."""
+    if video.ndim != 5 or video.shape[1] != 3 or not video.numel():
+        raise ValueError(f"got video of shape {tuple(video.shape)}, expected (b 3 f h w)")
+    if not video.is_floating_point():
+        raise ValueError(
+            f"got {str(video.dtype).removeprefix('torch.')} pixels, expected floats in [-1, 1]; "
+            "data.video.to_float makes them of uint8"
+        )
+    if video.device.type == "meta" or torch.compiler.is_compiling():
+        return
+    low, high = torch.stack(torch.aminmax(video.detach())).tolist()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("the video has pixels that are NaN or infinite, expected [-1, 1]")
+    if low < -1.001 or high > 1.001:  # a little for rounding in low precision
+        raise ValueError(
+            f"got pixels in [{low:.4g}, {high:.4g}], expected [-1, 1]; scale or clamp them"
+        )
+
+
 class VAE(nn.Module, ABC):
-    """What every video VAE is: ours below, and Wan's (dit/wan_vae.py).
+    """What every video VAE is: ours below, and published ones (dit/diffusers_vae.py).
 
     Video (b 3 f h w) in [-1, 1] to latents (b c f' h' w') of unit variance per channel, and back.
+    `latent_mean` and `latent_std` (c,) are measured over training clips; everything outside sees
+    normalised latents, and only training the VAE itself works with `moments` and `decode_raw`.
     """
+
+    latent_mean: Tensor
+    latent_std: Tensor
 
     @property
     @abstractmethod
@@ -224,13 +218,58 @@ class VAE(nn.Module, ABC):
     @abstractmethod
     def spatial_factor(self) -> int: ...
 
-    @abstractmethod
-    def encode(self, video: Tensor) -> Posterior:
-        """Posterior over normalised latents of video (b 3 f h w) in [-1, 1]."""
+    @property
+    def halos(self) -> tuple[int, int] | None:
+        """Latent pixels around a tile that encoder and decoder depend on; None: on all."""
+        return None
+
+    def new_stream(self) -> Stream:
+        """A fresh stream for one clip in one direction.
+
+        Raises:
+            ValueError: this VAE cannot go on from an earlier chunk.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot work in chunks of frames with the result of the whole clip; "
+            "leave the chunk out"
+        )
 
     @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """Video (b 3 f h w), about [-1, 1] and not clamped, from normalised latents (b c f' h' w')."""
+    def moments(self, video: Tensor, stream: Stream | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the posterior before normalisation, both (b c f' h' w').
+
+        Raises:
+            ValueError: the clip's size does not fit.
+        """
+
+    @abstractmethod
+    def decode_raw(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
+        """`decode`, from latents before normalisation."""
+
+    def encode(self, video: Tensor, stream: Stream | None = None) -> Posterior:
+        """Posterior over normalised latents of video (b 3 f h w) in [-1, 1].
+
+        Args:
+            stream: from `new_stream`, for the chunks of a longer clip in turn: the first has
+                1 + k * temporal_factor frames, the others k * temporal_factor.
+        Raises:
+            ValueError: the clip's size does not fit, or its pixels are no such numbers.
+        """
+        check_pixels(video)
+        mean, log_variance = self.moments(video, stream)
+        center, scale = (s.view(-1, 1, 1, 1) for s in (self.latent_mean, self.latent_std))
+        return Posterior(
+            (mean.float() - center) / scale, (0.5 * log_variance.float()).exp() / scale
+        )
+
+    def decode(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
+        """Video (b 3 f h w), about [-1, 1] and not clamped, from normalised latents (b c f' h' w').
+
+        Args:
+            stream: as for `encode`; chunks are of any length.
+        """
+        center, scale = (s.view(-1, 1, 1, 1) for s in (self.latent_mean, self.latent_std))
+        return self.decode_raw(latents * scale + center, stream)
 
     def latent_shape(self, f: int, h: int, w: int) -> tuple[int, int, int, int]:
         """Shape (c, f', h', w') of the latents of one clip.
@@ -252,16 +291,27 @@ class VAE(nn.Module, ABC):
                 )
         return self.latent_channels, 1 + (f - 1) // ft, h // fs, w // fs
 
+    def chunk_shape(
+        self, f: int, h: int, w: int, stream: Stream | None
+    ) -> tuple[int, int, int, int]:
+        """`latent_shape` of what comes next in a stream.
+
+        Raises:
+            ValueError: as `latent_shape`, or it is no whole number of latent frames.
+        """
+        if stream is None or not stream.begun:
+            return self.latent_shape(f, h, w)
+        if f < 1 or f % self.temporal_factor:
+            raise ValueError(
+                f"a later chunk of {f} frames does not fit the VAE: it needs a multiple of "
+                f"{self.temporal_factor}"
+            )
+        c, with_first, *size = self.latent_shape(f + 1, h, w)
+        return c, with_first - 1, size[0], size[1]
+
 
 class VideoVAE(VAE):
-    """Video in [-1, 1] to normalised latents and back.
-
-    `latent_mean` and `latent_std` (c,) are measured over training clips and stored with the weights;
-    everything outside this class sees latents of unit variance per channel.
-    """
-
-    latent_mean: Tensor
-    latent_std: Tensor
+    """The causal VAE of this file. Its latent statistics are stored with the weights."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -282,31 +332,19 @@ class VideoVAE(VAE):
     def spatial_factor(self) -> int:
         return math.prod(fs for _, fs in self.config.factors)
 
-    def moments(self, video: Tensor, stream: Stream | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the posterior before normalisation, both (b c f' h' w').
+    @property
+    def halos(self) -> tuple[int, int]:
+        return self.encoder.halo, self.decoder.halo
 
-        Raises:
-            ValueError: the clip's size does not fit.
-        """
+    def new_stream(self) -> Stream:
+        return Stream()
+
+    def moments(self, video: Tensor, stream: Stream | None = None) -> tuple[Tensor, Tensor]:
         f, h, w = video.shape[2:]
-        later = stream is not None and stream.begun
-        if later and f % self.temporal_factor:
-            raise ValueError(
-                f"a later chunk of {f} frames does not fit the VAE: it needs a multiple of "
-                f"{self.temporal_factor}"
-            )
-        self.latent_shape(f + 1 if later else f, h, w)
+        self.chunk_shape(f, h, w, stream)
         mean, log_variance = self.encoder(video, stream).chunk(2, dim=1)
         # Beyond these bounds exp() overflows bfloat16's useful range and the KL gradient with it.
         return mean, log_variance.clamp(-30, 20)
 
-    def encode(self, video: Tensor, stream: Stream | None = None) -> Posterior:
-        mean, log_variance = self.moments(video, stream)
-        center, scale = (s.view(-1, 1, 1, 1) for s in (self.latent_mean, self.latent_std))
-        return Posterior(
-            (mean.float() - center) / scale, (0.5 * log_variance.float()).exp() / scale
-        )
-
-    def decode(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
-        center, scale = (s.view(-1, 1, 1, 1) for s in (self.latent_mean, self.latent_std))
-        return self.decoder(latents * scale + center, stream)
+    def decode_raw(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
+        return self.decoder(latents, stream)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dit.vae import Posterior, Stream, VideoVAE
+from dit.vae import Posterior, VideoVAE
+from dit.vae_layers import Stream
 
 
 @dataclass(frozen=True)

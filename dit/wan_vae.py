@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 from torch import Tensor
 
 from dit.sizes import Depth, Size
-from dit.vae import VAE, Posterior
+from dit.vae import VAE
+from dit.vae_layers import Stream
 
 
 class WanVAEConfig(BaseModel):
@@ -108,14 +109,12 @@ class WanVAE(VAE):
     def latent_std(self) -> Tensor:
         return torch.tensor(self.config.latents_std, device=self.model.device)
 
-    def encode(self, video: Tensor) -> Posterior:
+    def moments(self, video: Tensor, stream: Stream | None = None) -> tuple[Tensor, Tensor]:
         self.latent_shape(*video.shape[2:])
         posterior = self.model.encode(video).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
-        center, scale = (s.view(-1, 1, 1, 1) for s in (self.latent_mean, self.latent_std))
-        return Posterior((posterior.mean.float() - center) / scale, posterior.std.float() / scale)
+        return posterior.mean, posterior.logvar
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """As `VAE.decode`; clamped to [-1, 1], as diffusers does."""
-        center, scale = (s.view(-1, 1, 1, 1) for s in (self.latent_mean, self.latent_std))
-        latents = (latents * scale + center).to(self.model.dtype)
+    def decode_raw(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
+        """As `VAE.decode_raw`; clamped to [-1, 1], as diffusers does."""
+        latents = latents.to(self.model.dtype)
         return self.model.decode(latents).sample  # pyright: ignore[reportAttributeAccessIssue]

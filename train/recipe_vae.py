@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from data.randomness import permuted_index
 from data.video import to_float, to_uint8
-from dit.vae import ResidualBlock, VideoVAE
+from dit.vae import VideoVAE
+from dit.vae_layers import ResidualBlock
 from sample.model import Model, save_model
 from train.clips import TrainingClips, read_rows
 from train.config import RunConfig, VAERecipeConfig
@@ -78,7 +79,7 @@ class VAERecipe(Recipe):
         video = to_float(batch["video"])
         mean, log_variance = (x.float() for x in self.vae.moments(video))
         latents = mean + (0.5 * log_variance).exp() * batch["noise"]
-        error = self.vae.decoder(latents).float() - video
+        error = self.vae.decode_raw(latents).float() - video
         l1, l2 = (x.mean(dim=(1, 2, 3, 4)) for x in (error.abs(), error.square()))
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
         kl = kl.sum(dim=(1, 2, 3, 4)) / video[0].numel()

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dit.vae import VAEConfig, VideoVAE, depth_to_space, space_to_depth
+from dit.vae import VAEConfig, VideoVAE
+from dit.vae_layers import depth_to_space, space_to_depth
 
 
 @given(ft=st.integers(1, 4), fs=st.integers(1, 3), k=st.integers(0, 3))
@@ -23,24 +24,24 @@ def test_depth_to_space_undoes_space_to_depth(ft, fs, k):
 def test_shapes(k, h, w):
     config = VAEConfig(latent_channels=4, widths=(8, 8), factors=((2, 2), (2, 2)), num_blocks=0)
     vae = VideoVAE(config)
-    video = torch.randn(1, 3, 4 * k + 1, 4 * h, 4 * w)
+    video = torch.rand(1, 3, 4 * k + 1, 4 * h, 4 * w) * 2 - 1
     latents = vae.encode(video).mean
     assert latents.shape[1:] == vae.latent_shape(*video.shape[2:]) == (4, k + 1, h, w)
     assert vae.decode(latents).shape == video.shape
 
 
 def test_the_first_frame_alone_gives_the_first_latent_frame(vae):
-    video = torch.randn(2, 3, 9, 16, 16)
+    video = torch.rand(2, 3, 9, 16, 16) * 2 - 1
     whole, first = vae.encode(video), vae.encode(video[:, :, :1])
     torch.testing.assert_close(first.mean, whole.mean[:, :, :1], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(first.std, whole.std[:, :, :1], atol=1e-5, rtol=1e-5)
 
 
 def test_encoder_and_decoder_are_causal(vae):
-    video = torch.randn(1, 3, 9, 16, 16)
+    video = torch.rand(1, 3, 9, 16, 16) * 2 - 1
     latents = vae.encode(video).mean
     later = video.clone()
-    later[:, :, 5:] += 1
+    later[:, :, 5:] *= -1
     changed = (vae.encode(later).mean - latents).abs().amax(dim=(0, 1, 3, 4))
     assert changed[:2].max() == 0 < changed[2]
     later_latents = latents.clone()
@@ -50,7 +51,7 @@ def test_encoder_and_decoder_are_causal(vae):
 
 
 def test_statistics_normalise_and_cancel(vae):
-    video = torch.randn(4, 3, 5, 16, 16)
+    video = torch.rand(4, 3, 5, 16, 16) * 2 - 1
     raw, decoded = vae.encode(video), vae.decode(vae.encode(video).mean)
     vae.latent_mean.copy_(raw.mean.mean(dim=(0, 2, 3, 4)))
     vae.latent_std.copy_(raw.mean.std(dim=(0, 2, 3, 4)))
@@ -62,7 +63,7 @@ def test_statistics_normalise_and_cancel(vae):
 
 
 def test_a_posterior_draw_has_its_mean_and_std(vae):
-    posterior = vae.encode(torch.randn(1, 3, 1, 4, 4))
+    posterior = vae.encode(torch.rand(1, 3, 1, 4, 4) * 2 - 1)
     noise = torch.randn(4000, *posterior.mean.shape[1:])
     draws = posterior.sample(noise)
     torch.testing.assert_close(draws.mean(0), posterior.mean[0], atol=0.1, rtol=0.1)

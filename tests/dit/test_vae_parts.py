@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit.vae import Stream, VAEConfig, VideoVAE
+from dit.vae import VAEConfig, VideoVAE
+from dit.vae_layers import Stream
 from dit.vae_parts import decode_in_parts, encode_in_parts
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
