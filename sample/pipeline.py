@@ -17,13 +17,13 @@ from dit.grids import GridConfig
 from dit.guidance import GuidanceConfig, GuidedDenoiser, Text, guided_denoiser
 from dit.samplers import Denoiser, SamplerName, run_sampler
 from dit.transformer import DiTConfig
-from dit.vae import VAE, VideoVAE
+from dit.vae import VAE
 from dit.vae_parts import decode_in_parts
 from sample.lora import GivenLoRAs, add_loras, as_loras
 from sample.model import Model, load_model
 
 MAX_BATCH_CELLS = 64 * 9 * 32 * 32  # pixels of a batch, above which callers split it
-DECODED_PIXELS = 2**22  # at once, by our own VAE
+DECODED_PIXELS = 2**22  # at once, where a VAE can work in parts
 _MAX_CACHED_TEXTS = 64  # 8 MB each for Wan's text encoder
 
 
@@ -280,8 +280,8 @@ class TextToVideo:
         return video.clamp(-1, 1).cpu()
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """Our own VAE works on parts where the whole clip is large, with the same result."""
-        if not isinstance(self.vae, VideoVAE):
+        """In parts where the whole clip is large and the VAE gives the same result from them."""
+        if self.vae.halos is None:
             return self.vae.decode(latents)
         b, _, f, h, w = latents.shape
         pixels = b * self.vae.temporal_factor * self.vae.spatial_factor**2  # of a latent
