@@ -16,9 +16,11 @@ from torch import nn
 from benchmarks.timing import matmul_rate, median_ms
 from dit.text import TextEncoder
 from dit.transformer import DiT
-from train.config import AdamWConfig, DiTRecipeConfig, MuonConfig
+from train.config import AdamWConfig, MuonConfig
 from train.config_file import load_config
+from train.config_recipes import DiTRecipeConfig
 from train.optim import build_optimizer
+from train.recipe import TrainedGroup
 
 LATENTS = 32, 3, 8, 8  # of the demo's clips
 
@@ -79,9 +81,10 @@ def main() -> None:
     step(torch.bfloat16)
     print(f"{'(compiling the blocks)':<44}{time.perf_counter() - begun:9.1f} s")
     compiled = measure("forward + backward, bfloat16, compiled", lambda: step(torch.bfloat16))
-    adamw = build_optimizer(named, AdamWConfig(lr=1e-9))
+    adamw = build_optimizer([TrainedGroup("", named)], AdamWConfig(lr=1e-9))
     measure("AdamW step", adamw.step)
-    muon = build_optimizer(named, MuonConfig(lr=1e-9, muon_lr=1e-9), list(dit.blocks))
+    muon_config = MuonConfig(lr=1e-9, muon_lr=1e-9)
+    muon = build_optimizer([TrainedGroup("", named)], muon_config, list(dit.blocks))
     measure("Muon + AdamW step", muon.step)
     flops = 3 * batch_size * dit.config.num_flops(tokens, ids.shape[1])
     reached, best = flops / compiled * 1000, matmul_rate(torch.bfloat16, device)

@@ -57,10 +57,12 @@ def check_clip(path: str, start: float, end: float | None, wanted: Wanted) -> Ve
     except VideoReadError as error:
         return Verdict(reason=error.reason)
     small = info.height < (wanted.height or 0) or info.width < (wanted.width or 0)
-    detail = (
-        f"{info.width}x{info.height}, {num_frames} frames at {info.fps:.6g} fps, "
-        f"{info.duration:.3f} s, {info.codec}"
+    what = (
+        "an image"
+        if info.is_image
+        else f"{num_frames} frames at {info.fps:.6g} fps, {info.duration:.3f} s"
     )
+    detail = f"{info.width}x{info.height}, {what}, {info.codec}"
     return Verdict(detail=detail, enlarged=small)
 
 

@@ -2,20 +2,23 @@
 
 The dataset is indexed by a global sample counter g that never ends: sample g is the same on any
 rank, worker and machine, however far a run was resumed. StepSampler deals the counters of each
-step out to ranks and micro-batches; a DataLoader with any number of workers does the rest.
+step out to ranks and micro-batches; a DataLoader with any number of workers does the rest. Clips
+of one step have one size, which may differ from step to step (see data/buckets.py).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypedDict
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from data.buckets import BucketRows, BucketSequence, Size, bucket_rows
 from data.manifest import Manifest, Row
-from data.randomness import numpy_generator, permuted_index
+from data.randomness import numpy_generator, permuted_index, stream_seed
 from data.video import Backend, VideoReadError, read_clip
 
 _log = logging.getLogger(__name__)
@@ -48,19 +51,25 @@ class Batch(TypedDict):
 
 
 class ClipDataset(Dataset[Sample]):
-    """Clips of one size, addressed by the global sample counter.
+    """Clips of one size, or of one size per step, addressed by the global sample counter.
 
-    Each epoch of len(dataset) samples is a fresh permutation of the rows. The wording of the
+    Each epoch of len(dataset) samples is a fresh permutation of the rows. With buckets, step
+    g // batch_size has one of them, which has rows and epochs of its own. The wording of the
     caption, and where in a longer piece the clip lies, are drawn per sample. A clip that cannot be
     read is replaced by another row, also drawn from the counter, and reported in `bad`. Files are
     opened in the call, so the dataset can be sent to any worker.
 
     Args:
         manifest: its rows are the clips.
-        num_frames, height, width, fps: of every clip, as `read_clip`.
+        num_frames, height, width, fps: of every clip, as `read_clip`; with buckets only fps is.
         seed: of all draws.
         random_start: draw where in a longer piece the clip lies; otherwise it is at its start.
         backend: the decoder, as VideoReader; "pyav" is the quicker one for clips of a few frames.
+        buckets: sizes and their shares of the steps, as BucketSequence; none for one size.
+        batch_size: samples per optimizer step, over all ranks and micro-batches; buckets need it.
+    Raises:
+        ValueError: a bucket has no row that is right for it, a share is not positive, or there are
+            buckets without batch_size.
     """
 
     def __init__(
@@ -74,6 +83,8 @@ class ClipDataset(Dataset[Sample]):
         seed: int,
         random_start: bool = True,
         backend: Backend = "auto",
+        buckets: Mapping[Size, float] | None = None,
+        batch_size: int | None = None,
     ) -> None:
         self.manifest = manifest
         self.num_frames = num_frames
@@ -83,9 +94,17 @@ class ClipDataset(Dataset[Sample]):
         self.seed = seed
         self.random_start = random_start
         self.backend: Backend = backend
+        self.buckets: list[BucketRows] = []
+        if buckets:
+            if batch_size is None or batch_size < 1:
+                raise ValueError(f"buckets need the run's batch_size, 1 or more, got {batch_size}")
+            self._batch_size = batch_size
+            self._sequence = BucketSequence(buckets, seed)
+            self.buckets = bucket_rows(manifest, list(buckets), fps)
+            self._rows = {bucket.size: bucket.rows for bucket in self.buckets}
 
     def __len__(self) -> int:
-        """Rows, which is samples in an epoch; counters may go on for ever."""
+        """Rows, which without buckets is samples in an epoch; counters may go on for ever."""
         return len(self.manifest.rows)
 
     def __getitem__(self, g: int) -> Sample:
@@ -95,18 +114,19 @@ class ClipDataset(Dataset[Sample]):
             ValueError: so many clips in a row cannot be read that the rest won't be either.
         """
         bad: list[tuple[str, str]] = []
-        index = permuted_index(self.seed, g, len(self))
+        size, rows, place = self._draw(g)
         for attempt in range(1, _MAX_SUBSTITUTES + 1):
+            index = int(rows[place])
             row = self.manifest.rows[index]
             draw = numpy_generator(self.seed, "clip", g)
             caption = row.captions[int(draw.integers(len(row.captions)))]
             position = float(draw.random()) if self.random_start else 0.0
             try:
-                video = self._read(row, position)
+                video = self._read(row, size, position)
             except VideoReadError as error:
                 bad.append((_clip_name(error.path, row), error.reason))
                 substitute = numpy_generator(self.seed, "substitute", g, attempt)
-                index = int(substitute.integers(len(self)))
+                place = int(substitute.integers(len(rows)))
             else:
                 return Sample(video=video, caption=caption, row=index, g=g, bad=bad)
         clip, reason = bad[-1]
@@ -115,13 +135,24 @@ class ClipDataset(Dataset[Sample]):
             f"run `zoetrope data check {self.manifest.path}`"
         )
 
-    def _read(self, row: Row, position: float) -> torch.Tensor:
+    def _draw(self, g: int) -> tuple[Size, Sequence[int] | np.ndarray, int]:
+        """The size of sample `g`, the rows it may be of, and which of these it is."""
+        if not self.buckets:
+            size = (self.num_frames, self.height, self.width)
+            return size, range(len(self)), permuted_index(self.seed, g, len(self))
+        step, in_batch = divmod(g, self._batch_size)
+        size, earlier_steps = self._sequence.at(step)
+        drawn, rows = earlier_steps * self._batch_size + in_batch, self._rows[size]
+        return size, rows, permuted_index(stream_seed(self.seed, "bucket", *size), drawn, len(rows))
+
+    def _read(self, row: Row, size: Size, position: float) -> torch.Tensor:
+        num_frames, height, width = size
         return read_clip(
             self.manifest.locate(row),
-            num_frames=self.num_frames,
+            num_frames=num_frames,
             fps=self.fps,
-            height=self.height,
-            width=self.width,
+            height=height,
+            width=width,
             start=row.start or 0.0,
             end=row.end,
             position=position,
@@ -137,7 +168,7 @@ def _clip_name(path: str, row: Row) -> str:
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """A batch of samples of one size."""
+    """A batch of samples of one size, which all samples of a step have."""
     return Batch(
         video=torch.stack([sample["video"] for sample in samples]),
         captions=[sample["caption"] for sample in samples],

@@ -58,7 +58,7 @@ def numpy_generator(seed: int, *counters: int | str) -> np.random.Generator:
     return np.random.default_rng(stream_seed(seed, *counters))
 
 
-@lru_cache(maxsize=4)  # 8 bytes an item: 80 MB for ten million
+@lru_cache(maxsize=16)  # one each for the buckets in use; 8 bytes an item: 80 MB for ten million
 def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return numpy_generator(seed, "permutation", epoch).permutation(n)
 

@@ -76,12 +76,14 @@ def clip_times(
     Returns:
         (num_frames,) float64, the k-th at first + k / fps.
     Raises:
-        VideoReadError: the piece from `start` to `end` is too short.
+        VideoReadError: the piece from `start` to `end` is too short, or an image is to move.
     """
     if num_frames < 1 or not 0 < fps < math.inf:
         raise ValueError(f"a clip needs num_frames >= 1 and fps > 0, got {num_frames} and {fps}")
     if not 0 <= position <= 1 or start < 0:
         raise ValueError(f"position={position} must be in [0, 1] and start={start} not negative")
+    if info.is_image and num_frames > 1:
+        raise VideoReadError(info.path, f"an image, but {num_frames} frames are wanted")
     stop = info.duration if end is None else min(end, info.duration)
     span = (num_frames - 1) / fps
     slack = stop - start - span  # the last frame must appear before the piece stops
@@ -118,7 +120,7 @@ def read_clip(
 
     Args:
         path: a local path, or a URL that fsspec opens.
-        num_frames: frames to return; 1 reads an image.
+        num_frames: frames to return; a still image has one.
         fps: their rate; any, independent of the file's own.
         height, width: pixels to return.
         start, end: the piece of the file to read from, in seconds; default the whole file.
@@ -127,7 +129,7 @@ def read_clip(
     Returns:
         uint8 RGB (3 f h w); `to_float` takes it to [-1, 1].
     Raises:
-        VideoReadError: the file cannot be read, or the piece is too short.
+        VideoReadError: the file cannot be read, the piece is too short, or an image is to move.
         ValueError: an argument makes no sense.
     """
     import torch

@@ -41,6 +41,7 @@ class VideoInfo:
         rotation: clockwise degrees (0, 90, 180, 270) already applied to the frames.
         codec: such as "h264".
         pixel_aspect: width / height of one pixel of the upright picture; 1 for square ones.
+        is_image: a still image, which has one frame and no motion, whatever its duration.
     """
 
     path: str
@@ -52,6 +53,7 @@ class VideoInfo:
     rotation: int
     codec: str
     pixel_aspect: float = 1.0
+    is_image: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,18 +111,21 @@ def reporting(path: str) -> Iterator[None]:
         raise VideoReadError(path, reason or type(error).__name__) from error
 
 
-def open_video(path: str) -> tuple[InputContainer, VideoStream]:
-    """The opened file and its main video stream, set to decode in the calling thread."""
+def open_source(path: str) -> Any:
+    """What to read from: the opened file of a URL; of a local file its path, which is not empty."""
     if "://" in path:
         from fsspec.core import url_to_fs
 
         filesystem, inside = url_to_fs(path)
-        source: Any = filesystem.open(inside, "rb")
-    else:
-        if os.path.isfile(path) and os.path.getsize(path) == 0:
-            raise VideoReadError(path, "the file is empty")
-        source = path
-    container = cast(InputContainer, av.open(source, metadata_errors="replace"))
+        return filesystem.open(inside, "rb")
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        raise VideoReadError(path, "the file is empty")
+    return path
+
+
+def open_video(path: str) -> tuple[InputContainer, VideoStream]:
+    """The opened file and its main video stream, set to decode in the calling thread."""
+    container = cast(InputContainer, av.open(open_source(path), metadata_errors="replace"))
     stream = cast(VideoStream | None, container.streams.best("video"))
     if stream is None or stream.disposition & Disposition.attached_pic:
         kinds = sorted({other.type for other in container.streams})

@@ -6,6 +6,8 @@ decodes the files that it shows exactly like PyAV (see `_DecordSource`); PyAV de
 decord alone would not do: it cannot open AV1, ignores mirrored display matrices, shows 10-bit
 video with other colours at edges, reports times as float32 and has no notion of a cut-off file.
 
+Still images, known by the endings of their paths, are read with Pillow (see data/images.py).
+
 A reader holds open files: make it in the process that uses it.
 """
 
@@ -22,6 +24,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
+from data.images import ImageSource, is_image_path
 from data.video_file import (
     Orientation,
     VideoInfo,
@@ -58,7 +61,8 @@ class _PyAVSource:
         self._start = first.pts
         # Half a tick, because containers round times to it: 1/15 s is 0.067 in a .mkv.
         self.tolerance = min(0.51 * self._tick, 1e-3) + 1e-6
-        self.orientation = Orientation.of(first)
+        with reporting(path):  # PyAV raises ValueError on side data newer than itself
+            self.orientation = Orientation.of(first)
         self._reformatter = VideoReformatter()
         self._size = (first.width, first.height)
         self.info = self._describe(stream, duration=(end - self._start) * self._tick)
@@ -243,6 +247,10 @@ class _DecordSource:
         return frames
 
 
+def _open(path: str) -> _PyAVSource | ImageSource:
+    return ImageSource(path) if is_image_path(path) else _PyAVSource(path)
+
+
 class VideoReader:
     """Frames of one file by time.
 
@@ -252,7 +260,8 @@ class VideoReader:
 
     Args:
         path: a local path, or a URL that fsspec opens.
-        backend: "auto", or one decoder by name ("decord" refuses what it would show differently).
+        backend: "auto", or one decoder by name ("decord" refuses what it would show differently);
+            of videos, for images it says nothing.
     Raises:
         VideoReadError: missing, empty, cut off, not a video, no video stream, ...
     """
@@ -260,12 +269,12 @@ class VideoReader:
     def __init__(self, path: str | os.PathLike[str], backend: Backend = "auto") -> None:
         if backend not in ("auto", "decord", "pyav"):
             raise ValueError(f"backend={backend!r} is unknown: use 'auto', 'decord' or 'pyav'")
-        self._pyav = _PyAVSource(os.fspath(path))
+        self._exact = _open(os.fspath(path))
         self._required = backend == "decord"
         self._fast: _DecordSource | None = None
-        if backend != "pyav":
+        if backend != "pyav" and isinstance(self._exact, _PyAVSource):
             try:
-                self._fast = _DecordSource(os.fspath(path), self._pyav)
+                self._fast = _DecordSource(os.fspath(path), self._exact)
             except VideoReadError:
                 if self._required:
                     self.close()
@@ -273,11 +282,13 @@ class VideoReader:
 
     @property
     def info(self) -> VideoInfo:
-        return self._pyav.info
+        return self._exact.info
 
     @property
     def backend(self) -> str:
-        """The decoder in use, "decord" or "pyav"."""
+        """The decoder in use, "decord", "pyav" or, for an image, "pillow"."""
+        if isinstance(self._exact, ImageSource):
+            return "pillow"
         return "pyav" if self._fast is None else "decord"
 
     def read_at(self, times: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -295,7 +306,7 @@ class VideoReader:
         if wanted.ndim != 1 or not np.isfinite(wanted).all() or (wanted < 0).any():
             raise ValueError(f"times must be seconds, finite and not negative, got {times}")
         duration = self.info.duration
-        if len(wanted) and wanted.max() >= duration + self._pyav.tolerance:
+        if len(wanted) and wanted.max() >= duration + self._exact.tolerance:
             reason = f"asked for the frame at {wanted.max():.3f} s, but it ends at {duration:.3f} s"
             raise VideoReadError(self.info.path, reason)
         if self._fast is not None and len(wanted):
@@ -305,7 +316,7 @@ class VideoReader:
                 if self._required:
                     raise
                 self._fast = None
-        return self._pyav.read_at(wanted)
+        return self._exact.read_at(wanted)
 
     def verify(self, start: float = 0.0, end: float | None = None) -> int:
         """Decodes every frame shown between `start` and `end` seconds, with PyAV, keeping none.
@@ -322,10 +333,10 @@ class VideoReader:
         if not 0 <= start < duration:
             reason = f"the piece starts at {start:.3f} s, but it ends at {duration:.3f} s"
             raise VideoReadError(self.info.path, reason)
-        return self._pyav.verify(start, duration if end is None else end)
+        return self._exact.verify(start, duration if end is None else end)
 
     def close(self) -> None:
-        self._pyav.close()
+        self._exact.close()
         self._fast = None
 
     def __enter__(self) -> VideoReader:
@@ -339,11 +350,11 @@ class VideoReader:
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
-    """What the video stream of a file is; reads its first frame and its end.
+    """What the video stream of a file, or an image, is; reads its first frame and its end.
 
     Raises:
         VideoReadError: as VideoReader.
     """
-    source = _PyAVSource(os.fspath(path))
+    source = _open(os.fspath(path))
     source.close()
     return source.info

@@ -339,6 +339,11 @@ class VideoVAE(VAE):
     def new_stream(self) -> Stream:
         return Stream()
 
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Replaces `latent_mean` and `latent_std`, (c,)."""
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
+
     def moments(self, video: Tensor, stream: Stream | None = None) -> tuple[Tensor, Tensor]:
         f, h, w = video.shape[2:]
         self.chunk_shape(f, h, w, stream)

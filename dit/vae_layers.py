@@ -110,6 +110,7 @@ class Pointwise(nn.Conv3d):
             return super().forward(x)
         weight, bias = self.weight[:, :, 0, 0, 0], self.bias
         if self.synthesis:
+            assert bias is not None
             weight, bias = self.basis.T @ weight, self.basis.T @ bias
         else:
             weight = weight @ self.basis

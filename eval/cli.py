@@ -25,6 +25,13 @@ class Suite(StrEnum):
     vae = "vae"
 
 
+class PixelRange(StrEnum):
+    """What a video network takes as pixels."""
+
+    levels = "255"
+    unit = "unit"
+
+
 class Sampler(StrEnum):
     """The samplers of `dit.samplers`."""
 
@@ -37,36 +44,103 @@ class Sampler(StrEnum):
     ancestral = "ancestral"
 
 
+# The options, apart from the function that takes them, which would be pages long.
+ModelPath = Annotated[
+    Path,
+    typer.Argument(metavar="MODEL", help="A model folder, or a manifest of the world's clips."),
+]
+ManifestPath = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="MANIFEST", help="With --suite vae: where clips are from; default the world."
+    ),
+]
+Wanted = Annotated[
+    Suite, typer.Option(help="world: prompts scored by a tracker; vae: what a VAE loses.")
+]
+Num = Annotated[int, typer.Option(help="How many clips.")]
+Level = Annotated[int, typer.Option(help="The world's level of difficulty, 1 to 4.")]
+Split = Annotated[str, typer.Option(help="held-out, combinations or speeds.")]
+Seed = Annotated[int, typer.Option(help="Of the scenes, prompts and samples.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if any.")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Clips at a time; default 32, fewer VAE clips if large.")
+]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="A .json file.")]
+
+_WORLD: dict[str, Any] = {"rich_help_panel": "With --suite world"}
+Steps = Annotated[int | None, typer.Option(help="Sampler steps.", **_WORLD)]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale, 1 for none.", **_WORLD)]
+WantedSampler = Annotated[
+    Sampler | None, typer.Option(help="The objective's own by default.", **_WORLD)
+]
+Avoid = Annotated[
+    Path | None, typer.Option(help="A manifest whose captions are not used as prompts.", **_WORLD)
+]
+
+_VAE: dict[str, Any] = {"rich_help_panel": "With --suite vae"}
+Against = Annotated[
+    list[Path] | None, typer.Option(help="Another VAE on the same clips; repeatable.", **_VAE)
+]
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option(help="Sizes of clips, as 32,64x48 (HEIGHTxWIDTH); default the model's.", **_VAE),
+]
+Frames = Annotated[int | None, typer.Option(help="Per clip; default the model's.", **_VAE)]
+Fps = Annotated[float | None, typer.Option(help="Of the clips; default the model's.", **_VAE)]
+LpipsWeights = Annotated[
+    Path | None, typer.Option(help="The classifier's weights, as torchvision's vgg16.", **_VAE)
+]
+LpipsLinear = Annotated[
+    Path | None, typer.Option(help="LPIPS's own weights, as its vgg.pth.", **_VAE)
+]
+LpipsBackbone = Annotated[str, typer.Option(help="timm's name of the classifier.", **_VAE)]
+FvdExtractor = Annotated[
+    Path | None,
+    typer.Option(help="TorchScript: float32 video (b 3 f h w) to features (b d).", **_VAE),
+]
+FvdRange = Annotated[
+    PixelRange, typer.Option(help="Pixels it takes: 255 for [0, 255], unit for [-1, 1].", **_VAE)
+]
+Tile = Annotated[
+    int | None,
+    typer.Option(help="Latents: also decode in blended tiles, and compare with the whole.", **_VAE),
+]
+Overlap = Annotated[
+    int | None, typer.Option(help="Latents that tiles share; default a quarter of one.", **_VAE)
+]
+
+
 def evaluate(
-    model: Annotated[
-        Path, typer.Argument(help="A model folder, or a manifest of the world's clips.")
-    ],
-    suite: Annotated[
-        Suite, typer.Option(help="world: prompts scored by a tracker; vae: PSNR and SSIM.")
-    ] = Suite.world,
-    num: Annotated[int, typer.Option(help="How many clips.")] = 200,
-    level: Annotated[int, typer.Option(help="The world's level of difficulty, 1 to 4.")] = 1,
-    split: Annotated[str, typer.Option(help="held-out, combinations or speeds.")] = "held-out",
-    seed: Annotated[int, typer.Option(help="Of the scenes, prompts and samples.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Sampler steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale, 1 for none.")] = None,
-    sampler: Annotated[Sampler | None, typer.Option(help="The objective's own by default.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Clips at a time.")] = 32,
-    avoid: Annotated[
-        Path | None, typer.Option(help="A manifest whose captions are not used as prompts.")
-    ] = None,
-    clips: Annotated[
-        Path | None, typer.Option(help="With --suite vae: a manifest to take the clips from.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if any.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="A .json file.")] = None,
+    model: ModelPath,
+    manifest: ManifestPath = None,
+    suite: Wanted = Suite.world,
+    num: Num = 200,
+    level: Level = 1,
+    split: Split = "held-out",
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    output: Output = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    sampler: WantedSampler = None,
+    avoid: Avoid = None,
+    against: Against = None,
+    sizes: Sizes = None,
+    frames: Frames = None,
+    fps: Fps = None,
+    lpips_weights: LpipsWeights = None,
+    lpips_linear: LpipsLinear = None,
+    lpips_backbone: LpipsBackbone = "vgg16",
+    fvd_extractor: FvdExtractor = None,
+    fvd_range: FvdRange = PixelRange.levels,
+    tile: Tile = None,
+    overlap: Overlap = None,
 ) -> None:
-    """Score a model on scenes it has not seen, every figure with N and a 95% interval.
+    """Score a model on unseen scenes, or VAEs on clips, every figure with N and a 95% interval.
 
     The same words may describe a training clip; --avoid leaves out prompts that do."""
-    from eval.tables import as_text, score_table
     from eval.world_suite import WorldSettings
 
     if output is not None:
@@ -79,19 +153,46 @@ def evaluate(
         steps=steps,
         guidance=guidance,
         sampler=None if sampler is None else sampler.value,
-        batch_size=batch_size,
+        batch_size=32 if batch_size is None else batch_size,
     )
+    of_the_world = {"steps": steps, "guidance": guidance, "sampler": sampler, "avoid": avoid}
+    of_vaes: dict[str, Any] = {
+        "manifest": manifest,
+        "against": against,
+        "sizes": sizes,
+        "frames": frames,
+        "fps": fps,
+        "lpips_weights": lpips_weights,
+        "lpips_linear": lpips_linear,
+        "fvd_extractor": fvd_extractor,
+        "tile": tile,
+        "overlap": overlap,
+    }
     if suite is Suite.vae:
-        results = _vae_suite(model, settings, clips, device)
+        _refuse(of_the_world, Suite.world)
+        given = {name: value for name, value in of_vaes.items() if value is not None}
+        given |= {"lpips_backbone": lpips_backbone, "fvd_range": fvd_range.value}
+        results, text = _vae_suite(model, settings, {**given, "batch_size": batch_size}, device)
     else:
-        if clips is not None:
-            raise ValueError("--clips goes with --suite vae; the world suite renders its own")
-        results = _world_suite(model, settings, avoid, device)
-    results = {"model": str(model), **results}
-    typer.echo(as_text(score_table(results)))
+        _refuse(of_vaes, Suite.vae)
+        results, text = _world_suite(model, settings, avoid, device)
+    typer.echo(text)
     if output is not None:
-        write_json(output, results)
+        write_json(output, {"model": str(model), **results})
         typer.echo(f"written to {output}")
+
+
+def _refuse(options: dict[str, Any], suite: Suite) -> None:
+    """Options of the other suite, which would do nothing."""
+    for name, value in options.items():
+        if value is None:
+            continue
+        if name == "manifest":
+            raise ValueError(
+                f"{value}: a manifest beside the model goes with --suite vae; the world suite renders "
+                "its own clips"
+            )
+        raise ValueError(f"--{name.replace('_', '-')} goes with --suite {suite.value}")
 
 
 def _check_writable(output: Path) -> None:
@@ -131,6 +232,15 @@ def _read(path: Path) -> Manifest:
 
 def _world_suite(
     model: Path, settings: WorldSettings, avoid: Path | None, device: str | None
+) -> tuple[dict[str, Any], str]:
+    from eval.tables import as_text, score_table
+
+    results = _world_results(model, settings, avoid, device)
+    return results, as_text(score_table(results))
+
+
+def _world_results(
+    model: Path, settings: WorldSettings, avoid: Path | None, device: str | None
 ) -> dict[str, Any]:
     from tqdm import tqdm
 
@@ -160,28 +270,15 @@ def _shown_on(bar: Any) -> Progress:
 
 
 def _vae_suite(
-    folder: Path, settings: WorldSettings, listed: Path | None, device: str | None
-) -> dict[str, Any]:
-    from tqdm import tqdm
-
-    from eval.vae_suite import read_clips, run_vae_suite
-    from eval.world_suite import eval_scenes, real_clips
-    from sample.model import load_model
+    folder: Path, settings: WorldSettings, given: dict[str, Any], device: str | None
+) -> tuple[dict[str, Any], str]:
+    from eval.tables import as_text
+    from eval.vae_cli import compare
+    from eval.vae_options import VAEOptions
+    from eval.vae_tables import comparison_tables
     from sample.pipeline import pick_device
 
-    model = load_model(folder, pick_device(device))
-    info = model.info
-    size: dict[str, Any] = {
-        "height": info.height,
-        "width": info.width,
-        "num_frames": info.num_frames,
-    }
-    if listed is None:
-        clips = real_clips(eval_scenes(settings, fps=info.fps, **size)[0])
-    else:
-        clips = read_clips(_read(listed), num=settings.num, fps=info.fps, **size)
-    with tqdm(total=len(clips), unit="clip") as bar:
-        results = run_vae_suite(model, clips, batch_size=settings.batch_size, progress=bar.update)
-    if listed is None:
-        return {**results, "level": settings.level, "split": settings.split, "seed": settings.seed}
-    return {**results, "clips_from": str(listed)}
+    results = compare(folder, VAEOptions(**given), settings, pick_device(device))
+    paragraphs = [as_text(table) for table in comparison_tables(results)]
+    paragraphs.append("\n".join([*results["notes"], *results["protocol"]]))
+    return results, "\n\n".join(paragraphs)

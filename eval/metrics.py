@@ -7,7 +7,7 @@ bootstrap interval; the resampling is seeded, so the same outcomes give the same
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +15,12 @@ from scipy.ndimage import convolve1d
 
 NUM_RESAMPLES = 10_000
 _ALPHA = 0.05
+_PIECE = 2**20  # pixels of a clip that are worked on at once
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95% interval; all three are NaN when `num` is 0."""
+    """A figure with its 95% interval, which is NaN for a single number; all are NaN when `num` is 0."""
 
     value: float
     low: float
@@ -35,6 +36,8 @@ class Estimate:
     def __str__(self) -> str:
         if self.num == 0:
             return "n/a"
+        if not math.isfinite(self.low):
+            return f"{self.value:.3f} N={self.num}"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}] N={self.num}"
 
 
@@ -49,6 +52,8 @@ def _quantiles(samples: np.ndarray) -> tuple[float, float]:
 def mean_estimate(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> Estimate:
     """Mean of one number per clip and its percentile bootstrap interval (Efron 1979).
 
+    Of a single clip every resample is the same, so its interval would claim certainty: it has none.
+
     Args:
         values: one finite number per clip, in any unit; None of them may be NaN.
         seed: of the resampling.
@@ -60,6 +65,8 @@ def mean_estimate(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> Est
         return _NOTHING
     if not np.isfinite(array).all():
         raise ValueError(f"got {(~np.isfinite(array)).sum()} values that are not finite; drop them")
+    if array.size == 1:
+        return Estimate(float(array[0]), math.nan, math.nan, 1)
     rng = np.random.default_rng(seed)
     # In slices: all indices at once would be 80 MB for a thousand clips.
     means = [
@@ -95,19 +102,35 @@ def proportion(outcomes: Sequence[bool] | np.ndarray, *, seed: int = 0) -> Estim
 def difference(first: Sequence[bool], second: Sequence[bool], *, seed: int = 0) -> Estimate:
     """Share of the same clips that are right the first time, less the share the second time.
 
-    The interval is the bootstrap's over clips; where all clips differ alike it has no width, and the
-    exact bound of `proportion` is put around it.
+    The interval is `paired_difference`'s; where all clips differ alike it has no width, and the exact
+    bound of `proportion` is put around it.
 
     Args:
         first, second: one yes or no per clip, in the same order.
         seed: of the resampling.
     """
-    values = [float(a) - float(b) for a, b in zip(first, second, strict=True)]
-    estimate = mean_estimate(values, seed=seed)
-    if len(set(values)) != 1:
+    estimate = paired_difference(first, second, seed=seed)
+    if estimate.num == 0 or len({float(a) - float(b) for a, b in zip(first, second)}) != 1:
         return estimate
-    value, margin = values[0], 1 - (_ALPHA / 2) ** (1 / len(values))
-    return Estimate(value, max(-1.0, value - margin), min(1.0, value + margin), len(values))
+    value, margin = estimate.value, 1 - (_ALPHA / 2) ** (1 / estimate.num)
+    return Estimate(value, max(-1.0, value - margin), min(1.0, value + margin), estimate.num)
+
+
+def paired_difference(
+    first: Sequence[float], second: Sequence[float], *, seed: int = 0
+) -> Estimate:
+    """Mean of first minus second over the same clips, with a paired bootstrap interval: clips are
+    drawn, and both of a clip's figures with it, so that what makes a clip hard cancels.
+
+    Args:
+        first, second: one finite number per clip in any unit, in the same order.
+        seed: of the resampling.
+    Raises:
+        ValueError: not as many of one as of the other, or a value is not finite.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"got {len(first)} and {len(second)} figures, expected the same clips")
+    return mean_estimate([float(a) - float(b) for a, b in zip(first, second)], seed=seed)
 
 
 def _same_shape(a: np.ndarray, b: np.ndarray) -> None:
@@ -115,6 +138,16 @@ def _same_shape(a: np.ndarray, b: np.ndarray) -> None:
         raise ValueError(
             f"got pictures of shapes {a.shape} and {b.shape}, expected two alike (... h w c)"
         )
+
+
+def _pieces(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Some frames (n h w c) of both at a time in float64: all of a long clip would fill the memory."""
+    h, w, c = a.shape[-3:]
+    x, y = a.reshape(-1, h, w, c), b.reshape(-1, h, w, c)
+    step = max(1, _PIECE // (h * w))
+    for first in range(0, len(x), step):
+        piece = slice(first, first + step)
+        yield x[piece].astype(np.float64), y[piece].astype(np.float64)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -126,8 +159,35 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
         ValueError: shapes differ.
     """
     _same_shape(a, b)
-    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(255.0**2 / error)
+    errors = [float(np.sum((x - y) ** 2)) for x, y in _pieces(a, b)]
+    return _decibels(math.fsum(errors) / a.size)
+
+
+def temporal_psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """PSNR in dB of the changes from frame to frame, x[k + 1] - x[k], with the peak of pictures, 255.
+
+    Errors that stay the same in every frame cost nothing here; flicker, which is the difference
+    between the errors of neighbouring frames, is all that counts. Infinite for equal changes, NaN for
+    a single frame.
+
+    Args:
+        a, b: uint8, (f h w c), alike.
+    Raises:
+        ValueError: shapes differ.
+    """
+    _same_shape(a, b)
+    if len(a) < 2:
+        return math.nan
+    errors, before = [], None
+    for x, y in _pieces(a, b):
+        error = x - y if before is None else np.concatenate([before, x - y])
+        errors.append(float(np.sum(np.diff(error, axis=0) ** 2)))
+        before = error[-1:]
+    return _decibels(math.fsum(errors) / a[1:].size)
+
+
+def _decibels(squared_error: float) -> float:
+    return math.inf if squared_error == 0 else 10 * math.log10(255.0**2 / squared_error)
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
@@ -142,22 +202,23 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
         ValueError: shapes differ, or the picture is smaller than the window.
     """
     _same_shape(a, b)
-    h, w, c = a.shape[-3:]
+    h, w = a.shape[-3:-1]
     if min(h, w) < 11:
         raise ValueError(f"got pictures of {h}x{w}, expected at least 11x11, SSIM's window")
-    x = a.astype(np.float64).reshape(-1, h, w, c)
-    y = b.astype(np.float64).reshape(-1, h, w, c)
     taps = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     taps /= taps.sum()
 
     def blur(z: np.ndarray) -> np.ndarray:
         return convolve1d(convolve1d(z, taps, axis=1), taps, axis=2)[:, 5:-5, 5:-5]
 
-    mean_x, mean_y = blur(x), blur(y)
-    var_x = blur(x * x) - mean_x**2
-    var_y = blur(y * y) - mean_y**2
-    covariance = blur(x * y) - mean_x * mean_y
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    score = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    score /= (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
-    return float(score.mean())
+    total, count = 0.0, 0
+    for x, y in _pieces(a, b):
+        mean_x, mean_y = blur(x), blur(y)
+        var_x = blur(x * x) - mean_x**2
+        var_y = blur(y * y) - mean_y**2
+        covariance = blur(x * y) - mean_x * mean_y
+        score = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+        score /= (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+        total, count = total + float(score.sum()), count + score.size
+    return total / count

@@ -39,12 +39,21 @@ _COLUMNS = {
 }
 
 
-def _cell(figure: Mapping[str, Any] | None) -> str:
+def cell(figure: Mapping[str, Any] | None, *, sign: bool = False, large: int = 1) -> str:
+    """An estimate in JSON's form as text; empty for none.
+
+    Args:
+        sign: whether it is a difference, which has a sign.
+        large: digits behind the point above 10; 3 below.
+    """
     if figure is None or figure["num"] == 0:
         return ""
-    digits = 1 if figure["value"] > 10 else 3
-    value, low, high = (f"{figure[name]:.{digits}f}" for name in ("value", "low", "high"))
-    return f"{value} [{low}, {high}] N={figure['num']}"
+    digits = large if abs(figure["value"]) > 10 else 3
+    plus = "+" if sign else ""
+    numbers = [figure[name] for name in ("value", "low", "high")]
+    value, *ends = (f"{number:{plus}.{digits}f}" for number in numbers if number is not None)
+    interval = f" [{', '.join(ends)}]" if ends else ""
+    return f"{value}{interval} N={figure['num']}"
 
 
 def score_table(results: Mapping[str, Any]) -> Table:
@@ -54,14 +63,14 @@ def score_table(results: Mapping[str, Any]) -> Table:
     guesses = results.get("chance") or {}
     rows = []
     for figure, label in _FIGURES.items():
-        cells = [_cell(scores[column].get(figure)) for column in columns]
+        cells = [cell(scores[column].get(figure)) for column in columns]
         if any(cells):
             guess = [f"{guesses[figure]:.3f}" if figure in guesses else ""] if guesses else []
             rows.append([label, *guess, *cells])
     drop = results.get("vae_joint_drop")
     if drop is not None:
         blanks = [""] * (len(columns) + bool(guesses))
-        blanks[columns.index("vae") + bool(guesses)] = _cell(drop)
+        blanks[columns.index("vae") + bool(guesses)] = cell(drop)
         rows.append(["all four: real clips minus VAE", *blanks])
     head = ["", *(["chance"] if guesses else []), *(_COLUMNS[name] for name in columns)]
     facts = [f"{results['num']} clips"]

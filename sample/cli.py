@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from PIL import Image as PILImage
     from torch import Tensor
     from tqdm import tqdm
 
@@ -85,27 +84,6 @@ def write_gif(path: Path, frames, fps: float) -> None:  # noqa: ANN001 (numpy, i
         aside.unlink(missing_ok=True)
 
 
-def _eight_bits(picture: "PILImage.Image") -> "PILImage.Image | None":
-    """A picture in RGB, on white where it is transparent; None if its values have 32 bits, of which
-    nothing says what is white."""
-    import numpy as np
-    from PIL import Image
-
-    # PIL has 16 bits of grey as I;16, or in these formats as I; its own conversion cuts them off.
-    if picture.mode.startswith("I;16") or (
-        picture.mode == "I" and picture.format in ("PNG", "PPM")
-    ):
-        values = np.asarray(picture).astype(np.float64) / 257
-        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if picture.mode in ("I", "F"):
-        return None
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        paper = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(paper, picture)
-    return picture.convert("RGB")
-
-
 def read_image(path: Path, height: int, width: int) -> "Tensor":
     """A picture as a first frame (3 h w) in [-1, 1]: scaled to cover the size, cut at the middle.
 
@@ -118,6 +96,7 @@ def read_image(path: Path, height: int, width: int) -> "Tensor":
     import torch
     from PIL import Image, ImageOps
 
+    from data.images import eight_bits
     from data.video import to_float
 
     if not path.is_file():
@@ -125,13 +104,11 @@ def read_image(path: Path, height: int, width: int) -> "Tensor":
     try:
         with Image.open(path) as opened:
             ImageOps.exif_transpose(opened, in_place=True)
-            picture = _eight_bits(opened)
+            picture = eight_bits(opened)
     except Image.DecompressionBombError as error:
         raise ValueError(f"--image {path}: too large; make it smaller ({error})") from error
     except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # PIL's, by format
-        raise ValueError(f"--image {path}: not a picture that can be read") from error
-    if picture is None:
-        raise ValueError(f"--image {path}: has 32 bits a value; expected a picture of 8 or 16")
+        raise ValueError(f"--image {path}: not a picture that can be read ({error})") from error
     picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     return to_float(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
 

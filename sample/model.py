@@ -30,13 +30,21 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
+from dit.diffusers_vae import published_vae
+from dit.diffusers_vae_config import (
+    CogVideoXVAEConfig,
+    DiffusersVAEConfig,
+    HunyuanVideoVAEConfig,
+    LTXVideoVAEConfig,
+    MochiVAEConfig,
+    WanVAEConfig,
+)
 from dit.objective import Objective, ObjectiveConfig
 from dit.samplers import SamplerName
 from dit.text import TextConfig, TextEncoder
 from dit.transformer import DiT, DiTConfig
 from dit.umt5 import UMT5Config, UMT5Encoder
 from dit.vae import VAE, VAEConfig, VideoVAE
-from dit.wan_vae import WanVAE, WanVAEConfig
 from sample.shards import load_part, save_part
 
 FORMAT_VERSION = 1
@@ -66,7 +74,15 @@ class SamplingDefaults(BaseModel):
     guidance: NonNegativeFloat = 2.0
 
 
-VAEPart = Annotated[VAEConfig | WanVAEConfig, Field(discriminator="kind")]
+VAEPart = Annotated[
+    VAEConfig
+    | WanVAEConfig
+    | HunyuanVideoVAEConfig
+    | CogVideoXVAEConfig
+    | LTXVideoVAEConfig
+    | MochiVAEConfig,
+    Field(discriminator="kind"),
+]
 TextPart = Annotated[TextConfig | UMT5Config, Field(discriminator="kind")]
 
 
@@ -231,7 +247,12 @@ def _empty(contents: ModelFile, folder: Path) -> Model:
             None if config is None else DiT(config)
             for config in (contents.dit, contents.dit_low_noise)
         ]
-        vae = WanVAE(contents.vae) if isinstance(contents.vae, WanVAEConfig) else None
+        vae: VAE | None = None
+        if isinstance(contents.vae, DiffusersVAEConfig):
+            try:
+                vae = published_vae(contents.vae)
+            except ValueError as error:
+                raise ValueError(f"{folder / 'model.yaml'}: vae: {error}") from error
     text: TextEncoder | UMT5Encoder | None = None
     if isinstance(contents.text, UMT5Config):
         tokenizer = load_tokenizer(folder / "tokenizer")

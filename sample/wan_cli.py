@@ -1,4 +1,4 @@
-"""`zoetrope import` and `zoetrope export`: models from and to diffusers' folders."""
+"""`zoetrope import` and `zoetrope export`: models and VAEs from and to diffusers' folders."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -42,14 +42,20 @@ class _Bars:
 
 
 def import_model(
-    path: Annotated[Path, typer.Argument(help="A Wan 2.1 or 2.2 folder in diffusers' format.")],
+    path: Annotated[
+        Path, typer.Argument(help="A folder of Wan or of a video VAE, from diffusers.")
+    ],
     out: Annotated[Path, typer.Argument(help="The model folder to write; must not exist.")],
     frames: Annotated[int | None, typer.Option(help="Usual length of a sample.")] = None,
     size: Annotated[str | None, typer.Option(help="Usual size: 480 or HEIGHTxWIDTH.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of the samples.")] = None,
+    vae_only: Annotated[
+        bool, typer.Option("--vae-only", help="Take a pipeline's VAE alone.")
+    ] = False,
 ) -> None:
-    """Make a model folder of a Wan model in diffusers' format."""
+    """Make a model folder of a Wan model, or of a video VAE alone, in diffusers' format."""
     from data.video import parse_size
+    from sample.vae_import import import_vae, is_vae_folder
     from sample.wan_import import import_wan
 
     values: dict[str, Any] = {"num_frames": frames, "fps": fps}
@@ -62,7 +68,8 @@ def import_model(
     bars = _Bars()
     try:
         given = {name: value for name, value in values.items() if value is not None}
-        import_wan(path, out, given, bars)
+        run = import_vae if vae_only or is_vae_folder(path) else import_wan
+        run(path, out, given, bars)
     finally:
         bars.close()
     typer.echo(out)

@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from dit.diffusers_vae_config import DiffusersVAEConfig
 from dit.flow import FlowMatching
 from dit.grids import FlowMatchEulerGrid, WanGrid
 from dit.objective import ObjectiveConfig
 from dit.transformer import DiTConfig
 from dit.umt5 import UMT5Config
-from dit.wan_vae import WanVAEConfig
 from sample.model import ModelInfo, SamplingDefaults
 
 _log = logging.getLogger(__name__)
@@ -96,7 +96,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return contents
 
 
-def _require_class(path: Path, settings: dict[str, Any], *names: str) -> str:
+def require_class(path: Path, settings: dict[str, Any], *names: str) -> str:
+    """The `_class_name` of a config.json.
+
+    Raises:
+        ValueError: it is none of these.
+    """
     name = settings.get("_class_name")
     if name not in names:
         raise ValueError(f"{path}: _class_name is {name}; expected {' or '.join(names)}")
@@ -110,7 +115,8 @@ def _require(path: Path, settings: dict[str, Any], wanted: dict[str, Any], absen
             raise ValueError(f"{path}: {name} is {got}; only {value} is supported")
 
 
-def _name_unknown(path: Path, settings: dict[str, Any], known: Iterable[str]) -> None:
+def name_unknown(path: Path, settings: dict[str, Any], known: Iterable[str]) -> None:
+    """Warns of settings that are left aside."""
     for name in sorted(settings.keys() - set(known)):
         if not name.startswith("_"):
             value = settings[name]
@@ -139,7 +145,7 @@ def read_transformer(path: Path) -> DiTConfig:
             one; image-to-video models that see a picture through CLIP or extra channels are not.
     """
     settings = read_json(path)
-    _require_class(path, settings, "WanTransformer3DModel")
+    require_class(path, settings, "WanTransformer3DModel")
     channels, out = settings.get("in_channels", 16), settings.get("out_channels")
     if settings.get("image_dim") is not None or out not in (None, channels):
         raise ValueError(
@@ -167,7 +173,7 @@ def read_transformer(path: Path) -> DiTConfig:
             "eps": settings.get("eps", 1e-6),
         },
     )
-    _name_unknown(path, settings, transformer_json(config))
+    name_unknown(path, settings, transformer_json(config))
     return config
 
 
@@ -197,23 +203,9 @@ def transformer_json(config: DiTConfig) -> dict[str, Any]:
     }
 
 
-def read_vae(path: Path) -> WanVAEConfig:
-    """The config.json of an AutoencoderKLWan.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or not such a VAE.
-    """
-    settings = read_json(path)
-    _require_class(path, settings, "AutoencoderKLWan")
-    known = {k: v for k, v in settings.items() if k in WanVAEConfig.model_fields and v is not None}
-    config = build(WanVAEConfig, path, known)
-    _name_unknown(path, settings, vae_json(config))
-    return config
-
-
-def vae_json(config: WanVAEConfig) -> dict[str, Any]:
-    """config.json of the AutoencoderKLWan."""
-    return {"_class_name": "AutoencoderKLWan", **config.model_dump(mode="json", exclude={"kind"})}
+def vae_json(config: DiffusersVAEConfig) -> dict[str, Any]:
+    """config.json of a VAE."""
+    return {"_class_name": config.class_name, **config.settings()}
 
 
 def read_text(path: Path) -> UMT5Config:
@@ -247,7 +239,7 @@ def read_scheduler(path: Path) -> tuple[FlowMatching, SamplingDefaults]:
     """
     settings = read_json(path)
     unipc, euler = "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"
-    name = _require_class(path, settings, unipc, euler)
+    name = require_class(path, settings, unipc, euler)
     times = {"num_train_timesteps": NUM_TRAIN_TIMESTEPS}
     _require(path, settings, times, times)
     if name == unipc:

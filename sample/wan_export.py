@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dit.diffusers_vae_config import DiffusersVAEConfig, WanVAEConfig
 from dit.umt5 import UMT5Config
-from dit.wan_vae import WanVAEConfig
 from sample.model import ModelFile, load_tokenizer, read_model_file
 from sample.shards import (
     DTYPES,
@@ -19,6 +19,7 @@ from sample.shards import (
     new_folder,
     part_headers,
 )
+from sample.vae_import import DIFFUSERS_STEM, VAE_PREFIX, vae_shapes
 from sample.wan_config import (
     read_json,
     scheduler_json,
@@ -26,15 +27,7 @@ from sample.wan_config import (
     transformer_json,
     vae_json,
 )
-from sample.wan_import import (
-    DIFFUSERS_STEM,
-    SHARED_EMBEDDING,
-    TOKEN_EMBEDDING,
-    TRANSFORMERS_STEM,
-    VAE_PREFIX,
-    text_shapes,
-    vae_shapes,
-)
+from sample.wan_import import SHARED_EMBEDDING, TOKEN_EMBEDDING, TRANSFORMERS_STEM, text_shapes
 from sample.wan_names import wan_tensors
 
 _FOLDERS = {
@@ -53,7 +46,8 @@ def _check(folder: Path, file: ModelFile, transformer_only: bool) -> None:
         raise ValueError(f"{folder}: holds a VAE alone; there is no transformer to export")
     foreign = []
     if not isinstance(file.vae, WanVAEConfig):
-        foreign.append("VAE is zoetrope's own")
+        published = isinstance(file.vae, DiffusersVAEConfig)
+        foreign.append(f"VAE is {file.vae.kind}'s" if published else "VAE is zoetrope's own")
     if not isinstance(file.text, UMT5Config):
         foreign.append("text encoder is open_clip's")
     if foreign and not transformer_only:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from dit.diffusers_vae import DiffusersVAE
+from dit.diffusers_vae_config import WanVAEConfig
 from dit.transformer import DiTConfig
 from dit.umt5 import UMT5Config, UMT5Encoder
-from dit.wan_vae import WanVAE, WanVAEConfig
 from sample.model import ModelFile, ModelInfo, load_tokenizer, write_model_file
 from sample.pipeline import latent_shape
 from sample.shards import (
@@ -26,6 +27,13 @@ from sample.shards import (
     new_folder,
     part_headers,
 )
+from sample.vae_import import (
+    CONFIG,
+    DIFFUSERS_STEM,
+    SourcePart,
+    has_known_vae,
+    read_vae_folder,
+)
 from sample.wan_config import (
     INFO,
     INFO_TI2V,
@@ -34,23 +42,13 @@ from sample.wan_config import (
     read_scheduler,
     read_text,
     read_transformer,
-    read_vae,
+    require_class,
 )
 from sample.wan_names import wan_tensors
 
-DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
-VAE_PREFIX = "model."  # of the AutoencoderKLWan in our WanVAE
+TRANSFORMERS_STEM = "model"
 TOKEN_EMBEDDING, SHARED_EMBEDDING = "encoder.embed_tokens.weight", "shared.weight"
-_CONFIG = "config.json"
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
-
-
-@dataclass(frozen=True)
-class SourcePart:
-    """The files of one network, and the new name and shape of each tensor in them."""
-
-    headers: list[Header]
-    names: dict[str, tuple[str, Shape]]
 
 
 @dataclass(frozen=True)
@@ -60,20 +58,6 @@ class Source:
     file: ModelFile
     parts: dict[str, SourcePart]
     tokenizer: Path
-
-
-def vae_shapes(path: Path, config: WanVAEConfig) -> dict[str, Shape]:
-    """Of our WanVAE's tensors, by name; path is the config's.
-
-    Raises:
-        ValueError: there can be no such network.
-    """
-    try:
-        with torch.device("meta"):
-            return {k: tuple(v.shape) for k, v in WanVAE(config).state_dict().items()}
-    except (RuntimeError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: no VAE can have these sizes ({reason})") from error
 
 
 def text_shapes(path: Path, config: UMT5Config, headers: list[Header]) -> dict[str, Shape]:
@@ -98,27 +82,23 @@ def text_shapes(path: Path, config: UMT5Config, headers: list[Header]) -> dict[s
 
 
 def _transformer(folder: Path) -> tuple[DiTConfig, SourcePart]:
-    config = read_transformer(folder / _CONFIG)
+    config = read_transformer(folder / CONFIG)
     headers = part_headers(folder, DIFFUSERS_STEM)
     tensors = wan_tensors(config)
-    compare_part(folder, _CONFIG, headers, {t.theirs: t.their_shape for t in tensors})
+    compare_part(folder, CONFIG, headers, {t.theirs: t.their_shape for t in tensors})
     return config, SourcePart(headers, {t.theirs: (t.ours, t.shape) for t in tensors})
 
 
-def _vae(folder: Path) -> tuple[WanVAEConfig, SourcePart]:
-    config = read_vae(folder / _CONFIG)
-    headers = part_headers(folder, DIFFUSERS_STEM)
-    shapes = vae_shapes(folder / _CONFIG, config)
-    wanted = {name.removeprefix(VAE_PREFIX): shape for name, shape in shapes.items()}
-    compare_part(folder, _CONFIG, headers, wanted)
-    return config, SourcePart(headers, {k: (VAE_PREFIX + k, v) for k, v in wanted.items()})
+def _vae(folder: Path) -> tuple[DiffusersVAE, SourcePart]:
+    require_class(folder / CONFIG, read_json(folder / CONFIG), WanVAEConfig.class_name)
+    return read_vae_folder(folder)
 
 
 def _text(folder: Path) -> tuple[UMT5Config, SourcePart]:
-    config = read_text(folder / _CONFIG)
+    config = read_text(folder / CONFIG)
     headers = part_headers(folder, TRANSFORMERS_STEM)
-    shapes = text_shapes(folder / _CONFIG, config, headers)
-    compare_part(folder, _CONFIG, headers, shapes)
+    shapes = text_shapes(folder / CONFIG, config, headers)
+    compare_part(folder, CONFIG, headers, shapes)
     return config, SourcePart(headers, {name: (name, shape) for name, shape in shapes.items()})
 
 
@@ -146,9 +126,10 @@ def _model_index(path: Path) -> dict[str, Any]:
         )
     index = read_json(path / "model_index.json")
     if index.get("_class_name") not in _PIPELINES:
+        alone = "; --vae-only imports its VAE alone" if has_known_vae(path) else ""
         raise ValueError(
             f"{path / 'model_index.json'}: _class_name is {index.get('_class_name')}; expected "
-            f"{' or '.join(_PIPELINES)}"
+            f"{' or '.join(_PIPELINES)}{alone}"
         )
     if _has(index, "image_encoder"):
         raise ValueError(
@@ -180,24 +161,23 @@ def read_source(path: Path, size: dict[str, Any] | None = None) -> Source:
     vae, parts["vae"] = _vae(path / "vae")
     text, parts["text"] = _text(path / "text_encoder")
     for name, got, expected in (
-        ("in_channels", dit.in_channels, vae.z_dim),
+        ("in_channels", dit.in_channels, vae.latent_channels),
         ("text_dim", dit.context_dim, text.width),
     ):
         if got != expected:
             raise ValueError(
                 f"{path}: the transformer's {name} is {got}, but the "
-                f"{'VAE' if expected == vae.z_dim else 'text encoder'} gives {expected}"
+                f"{'VAE' if name == 'in_channels' else 'text encoder'} gives {expected}"
             )
     load_tokenizer(path / "tokenizer")
     objective, sampling = read_scheduler(path / "scheduler" / "scheduler_config.json")
     usual = INFO_TI2V if index.get("expand_timesteps") else INFO
     values = {**usual.model_dump(), **(size or {}), "provenance": {"imported_from": path.name}}
     info = ModelInfo.model_validate(values)
-    with torch.device("meta"):
-        latent_shape(WanVAE(vae), dit, info.num_frames, info.height, info.width)
+    latent_shape(vae, dit, info.num_frames, info.height, info.width)
     contents = {
         "info": info,
-        "vae": vae,
+        "vae": vae.config,
         "dit": dit,
         "dit_low_noise": low_noise,
         "expert_boundary": boundary,

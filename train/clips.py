@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import multiprocessing
 import signal
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from data.buckets import BucketSequence, Size, bucket_rows, size_name
 from data.dataset import ClipDataset, StepSampler, collate
 from data.manifest import Manifest, Row
 from data.video import VideoReadError, read_clip
-from train.config import DataConfig, RunConfig
+from train.config import RunConfig
+from train.config_data import DataConfig
 from train.distributed import Ranks
 
 _log = logging.getLogger(__name__)
@@ -38,22 +42,61 @@ class TrainingClips(ClipDataset):
             seed=config.seed,
             random_start=data.random_start,
             backend=data.backend,
+            buckets=data.shares,
+            batch_size=config.train.batch_size,
         )
-        clip_bytes = 3 * data.num_frames * data.height * data.width
-        self._room = 0 if data.random_start else int(data.memory_gb * 1e9) // clip_bytes
-        self._kept: dict[tuple[str, float | None, float | None], Tensor] = {}
+        self._room = 0 if data.random_start else int(data.memory_gb * 1e9)  # bytes still free
+        self._kept: dict[tuple[str, float | None, float | None, Size], Tensor] = {}
 
-    def _read(self, row: Row, position: float) -> Tensor:
-        key = (row.path, row.start, row.end)
+    def _read(self, row: Row, size: Size, position: float) -> Tensor:
+        key = (row.path, row.start, row.end, size)
         if key in self._kept:
             return self._kept[key]
-        video = super()._read(row, position)
-        if len(self._kept) < self._room:
+        video = super()._read(row, size, position)
+        if video.nbytes <= self._room:
             self._kept[key] = video
+            self._room -= video.nbytes
         return video
 
     def collate(self, samples: list[Any]) -> dict[str, Any]:
         return dict(collate(samples))
+
+
+def rows_of_one_size(manifest: Manifest, data: DataConfig) -> Sequence[int]:
+    """The rows for clips of data.num_frames, for validation and statistics: without buckets all of
+    them; beside buckets, in what may be a mixed manifest, those that a bucket of that size has.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not data.buckets:
+        return range(len(manifest.rows))
+    size = (data.num_frames, data.height, data.width)
+    (bucket,) = bucket_rows(manifest, [size], data.fps)
+    return bucket.rows.tolist()
+
+
+def describe_buckets(manifest: Manifest, config: RunConfig) -> list[str]:
+    """A line a bucket: its share of the steps, its rows and how often a run sees each of them, and
+    the rows that it leaves out; no line without buckets.
+
+    Raises:
+        ValueError: no row of the manifest is right for a bucket.
+    """
+    data, train = config.data, config.train
+    if not data.buckets:
+        return []
+    sequence, lines = BucketSequence(data.shares, config.seed), []
+    for bucket in bucket_rows(manifest, data.sizes, data.fps):
+        share, count = sequence.share(bucket.size), len(bucket.rows)
+        epochs = share * train.steps * train.batch_size / count
+        name = f"bucket {size_name(bucket.size)}"
+        left_out = bucket.left_out().removeprefix(f"{name}: ")
+        lines.append(
+            f"{name:28}{share:>16.1%}  (of steps; {count:,} rows, {epochs:,.1f} epochs"
+            f"{'; ' if left_out else ''}{left_out})"
+        )
+    return lines
 
 
 def read_row(manifest: Manifest, row: Row, data: DataConfig) -> Tensor:
@@ -99,10 +142,15 @@ def read_rows(
 def make_loader(
     dataset: Dataset[Any], config: RunConfig, ranks: Ranks, start_step: int
 ) -> DataLoader[Any]:
-    """Endless micro-batches of this rank, from step `start_step` on.
+    """Endless micro-batches of this rank, from step `start_step` on; the main rank logs which
+    rows its buckets leave out.
 
     The dataset has a `collate` of its own.
     """
+    if ranks.is_main and isinstance(dataset, TrainingClips):
+        for bucket in dataset.buckets:
+            if bucket.left_out():
+                _log.warning("%s", bucket.left_out())
     sampler = StepSampler(
         config.train.batch_size, config.train.grad_accum, ranks.rank, ranks.world_size, start_step
     )
@@ -122,3 +170,12 @@ def _ignore_signals(worker: int) -> None:
     finishes its step first, and needs its loader for that."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Ends workers that an error left behind: they ignore the SIGTERM that Python sends its daemons
+    before it waits for them, for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

@@ -11,160 +11,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
-from dit.objective import DDPM, FlowMatching
-from dit.text import TextConfig
-from dit.transformer import DiTConfig
-from dit.vae import VAEConfig
-
-# Pixels: H.264, in which samples are written, shares its chroma among two rows and two columns.
-PositiveEven = Annotated[int, Field(gt=0, multiple_of=2)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Unknown keys are errors, numbers are finite, and nothing changes after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class DataConfig(Section):
-    """Which clips, and how they are cut: num_frames at fps, resized and cropped to the size."""
-
-    manifest: Path
-    validation: Path | None = None  # for figures and samples; else training clips serve
-    num_frames: PositiveInt
-    height: PositiveEven
-    width: PositiveEven
-    fps: Annotated[float, Field(gt=0, le=1000)]
-    num_workers: NonNegativeInt = 0  # loader processes per rank; 0 is quickest for cached latents
-    backend: Literal["auto", "decord", "pyav"] = "auto"  # decoder; auto: decord where it can read
-    random_start: bool = True  # draw where in a longer file a clip lies; false: at its start, and
-    memory_gb: NonNegativeFloat = 0.5  # then so much of the decoded clips is kept, per process
-    max_bad_share: Share = 0.05  # of unreadable files, beyond which the run stops
-
-
-class VAERecipeConfig(Section):
-    """Reconstruction and KL losses; both in units per pixel value."""
-
-    kind: Literal["vae"] = "vae"
-    vae: VAEConfig
-    l1_weight: NonNegativeFloat = 1.0
-    l2_weight: NonNegativeFloat = 0.0
-    kl_weight: NonNegativeFloat = 1e-6
-    num_statistics_clips: PositiveInt = 256  # training clips that latent mean and std come from
-
-
-class DiTSection(DiTConfig):
-    """A DiTConfig without what follows from the VAE and the text encoder."""
-
-    in_channels: PositiveInt = Field(default=1, exclude=True, repr=False)
-    context_dim: PositiveInt = Field(default=1, exclude=True, repr=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _derived(cls, value: Any) -> Any:
-        for name, source in (("in_channels", "VAE"), ("context_dim", "text encoder")):
-            if isinstance(value, dict) and name in value:
-                raise ValueError(f"{name} follows from the {source}; leave it out")
-        return value
-
-    def resolve(self, in_channels: int, context_dim: int) -> DiTConfig:
-        """The whole config of the network."""
-        return DiTConfig(in_channels=in_channels, context_dim=context_dim, **self.model_dump())
-
-
-class TextSection(TextConfig):
-    """A TextConfig, and the checkpoint of a pretrained one."""
-
-    checkpoint: Path | None = None  # a CLIP model from open_clip: .safetensors, .pt or .bin
-
-    @model_validator(mode="after")
-    def _frozen_is_pretrained(self) -> TextSection:
-        if not self.trainable and self.checkpoint is None:
-            raise ValueError(
-                "a frozen text encoder needs a pretrained checkpoint; give one, or trainable: true"
-            )
-        return self
-
-    def resolve(self) -> TextConfig:
-        """The config of the network alone."""
-        return TextConfig(**self.model_dump(exclude={"checkpoint"}))
-
-
-class LoRAConfig(Section):
-    """Low-rank updates of linear layers, W + alpha / rank * B A (Hu et al. 2021, section 4.1)."""
-
-    rank: PositiveInt
-    alpha: PositiveFloat | None = None  # None: as the rank, so that the factor is 1
-    # In every block: the linear layers of both attentions, and those of the MLP.
-    targets: Annotated[tuple[Literal["q", "k", "v", "out", "mlp"], ...], Field(min_length=1)] = (
-        "q",
-        "k",
-        "v",
-        "out",
-    )
-
-
-class DiTRecipeConfig(Section):
-    """A diffusion transformer on the latents of a trained VAE.
-
-    From nothing it needs vae, dit, text and objective; with `init` it starts from the model there,
-    and an objective only replaces the model's own.
-    """
-
-    kind: Literal["dit"] = "dit"
-    init: Path | None = None  # a model folder to fine-tune, such as one from `zoetrope import`
-    expert: Literal["high", "low"] | None = None  # of a model with two, which one trains
-    lora: LoRAConfig | None = None  # train these adapters and nothing else
-    vae: Path | None = Field(None, validate_default=True)  # a model folder
-    dit: DiTSection | None = Field(None, validate_default=True)
-    text: TextSection | None = Field(None, validate_default=True)
-    objective: FlowMatching | DDPM | None = Field(None, discriminator="kind", validate_default=True)
-    caption_dropout: Share = 0.1  # of samples that train on the empty caption, for guidance
-    latent_cache: Path | None = None  # made when missing; else the VAE encodes every batch. Needs
-    # data.random_start=false, as it holds each row's start only
-    cache_dtype: Literal["float16", "float32"] = "float16"
-
-    @field_validator("expert", "lora")
-    @classmethod
-    def _starts_from_a_model(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is not None and info.data.get("init", ...) is None:
-            raise ValueError(
-                "this is for a run that starts from a trained model; set recipe.init too"
-            )
-        return value
-
-    @field_validator("vae", "dit", "text", "objective")
-    @classmethod
-    def _given_once(cls, value: Any, info: ValidationInfo) -> Any:
-        init = info.data.get("init", ...)  # ... where init itself is wrong
-        if init is None and value is None:
-            raise PydanticCustomError("missing", "Field required")
-        if isinstance(init, Path) and value is not None and info.field_name != "objective":
-            raise ValueError(f"comes with recipe.init={init}; leave it out")
-        return value
+from train.config_data import Betas, DataConfig, Section, Share
+from train.config_recipes import DiTRecipeConfig, VAERecipeConfig
 
 
 class AdamWConfig(Section):
     kind: Literal["adamw"] = "adamw"
     lr: PositiveFloat
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.99,
-    )
+    betas: Betas = (0.9, 0.99)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01  # on matrices and kernels; never on biases and gains
 
@@ -205,6 +67,7 @@ class TrainConfig(Section):
     checkpoint_interval: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
     compile: bool | Literal["auto"] = False  # torch.compile by block; auto: where it works
+    activation_checkpointing: bool = False  # compute blocks anew in the backward pass: less memory
     threads: PositiveInt | Literal["auto"] = "auto"  # per process; auto is cores / local processes
 
 
@@ -256,6 +119,10 @@ class RunConfig(Section):
                     "has none; use adamw"
                 )
             return self
+        if self.data.buckets:
+            raise ValueError(
+                "data.buckets are for the VAE recipe: a DiT trains on clips of one size; leave them out"
+            )
         if recipe.lora is not None and self.train.optimizer.kind == "muon":
             raise ValueError(
                 "train.optimizer.kind=muon is for whole matrices, and recipe.lora trains products of "

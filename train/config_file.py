@@ -112,6 +112,8 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
     while parts:
         part = parts.pop(0)
         names.append(str(part))
+        if isinstance(part, int):  # of a list, whose members are of the same model
+            continue
         fields = model.model_fields if model is not None else {}
         siblings = [key for key, field in fields.items() if not field.exclude]
         field = fields.get(str(part))

@@ -30,7 +30,7 @@ from data.video import VideoReadError, to_float
 from dit.vae import VAE
 from sample.shards import save_tensors
 from train.clips import read_row
-from train.config import DataConfig
+from train.config_data import DataConfig
 from train.distributed import Ranks
 
 SHARD_ROWS = 256

@@ -92,6 +92,20 @@ class RunLog:
 
         self._mirror(show)
 
+    def histograms(self, step: int, values: Callable[[], dict[str, Tensor]]) -> None:
+        """Shows wandb how values are distributed; without it they are not even computed."""
+
+        def show() -> None:
+            import wandb
+
+            shown = {
+                name: wandb.Histogram(value.float().cpu().numpy())  # type: ignore[arg-type]
+                for name, value in values().items()
+            }
+            self._wandb.log(shown, step=step)
+
+        self._mirror(show)
+
     def close(self, exit_code: int = 0) -> None:
         """Ends the wandb run."""
         if self.enabled:
@@ -187,7 +201,7 @@ class Window:
 def describe(step: int, num_steps: int, row: dict[str, float]) -> str:
     """The line of one row; `left` is the time that the remaining steps need at this speed."""
     shown = [f"step {step:>{len(str(num_steps))}}/{num_steps}"]
-    for name in ("loss", "l1", "psnr", "grad_norm"):
+    for name in ("loss", "l1", "psnr", "discriminator", "grad_norm"):
         if name in row:
             shown.append(f"{name} {row[name]:.4g}")
     shown.append(f"lr {row['lr']:.2e}")

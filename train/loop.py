@@ -167,11 +167,13 @@ class Run:
         config, begin = self.config.train, time.perf_counter()
         lr = config.optimizer.lr * schedule_factor(config.schedule, step, config.steps)
         names, totals, wait = self._accumulate(step, loader, stop)
-        grad_norm = clip_gradients(self.state.trained.values(), config.grad_clip)
-        *sums, num_stops, norm = torch.cat([totals, grad_norm.double().view(1)]).tolist()
-        values = {name: total / config.batch_size for name, total in zip(names, sums)}
-        values["grad_norm"] = norm
-        if not (math.isfinite(values["loss"]) and math.isfinite(norm)):
+        groups = self.recipe.groups()
+        norms = [clip_gradients(group.parameters.values(), config.grad_clip) for group in groups]
+        figures = torch.cat([totals, *(norm.double().view(1) for norm in norms)]).tolist()
+        values = {name: total / config.batch_size for name, total in zip(names, figures)}
+        num_stops, *norms = figures[len(names) :]
+        values.update((group.norm_name, norm) for group, norm in zip(groups, norms))
+        if not all(map(math.isfinite, [values["loss"], *norms])):
             self._fail(step, values)
         set_lr(self.state.optimizer, lr)
         self.state.optimizer.step()
@@ -251,6 +253,7 @@ class Run:
         if last or done % logging.val_interval == 0:
             with self.evaluating():
                 row.update(self.recipe.validate())
+                self.log.histograms(done, self.recipe.histograms)
         if row:
             self.log.row(done, row)
 

@@ -11,7 +11,7 @@ from dit.objective import Objective
 from dit.transformer import DiT
 from sample.lora import save_lora
 from sample.wan_names import wan_name
-from train.config import LoRAConfig
+from train.config_recipes import LoRAConfig
 
 _ADAPTER = "default"  # peft's name for the only one
 _MLP = ("fc1", "fc2")

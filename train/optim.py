@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from torch.optim import AdamW, Optimizer
 
 from train.config import AdamWConfig, MuonConfig, ScheduleConfig
 from train.muon import MuonAdamW
+from train.recipe import TrainedGroup
 
 
 def build_optimizer(
-    trained: Mapping[str, nn.Parameter], config: AdamWConfig, blocks: Iterable[nn.Module] = ()
+    trained: Sequence[TrainedGroup], config: AdamWConfig, blocks: Iterable[nn.Module] = ()
 ) -> Optimizer:
     """AdamW, or Muon with AdamW; matrices and kernels decay, biases, gains and vectors do not.
 
@@ -27,12 +28,16 @@ def build_optimizer(
         layers = (layer for block in blocks for layer in block.modules())
         hidden = [x.weight for x in layers if isinstance(x, nn.Linear)]
     held = {id(p) for p in hidden}
-    matrices = [p for p in trained.values() if p.ndim >= 2 and id(p) not in held]
-    vectors = [p for p in trained.values() if p.ndim < 2]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = []
+    for group in trained:
+        lr = {"lr": config.lr * group.lr_ratio, "lr_ratio": group.lr_ratio}
+        own: dict[str, Any] = {} if group.lr_ratio == 1 else lr
+        if group.betas is not None:
+            own["betas"] = group.betas
+        matrices = [p for p in group.parameters.values() if p.ndim >= 2 and id(p) not in held]
+        vectors = [p for p in group.parameters.values() if p.ndim < 2]
+        groups.append({"params": matrices, "weight_decay": config.weight_decay, **own})
+        groups.append({"params": vectors, "weight_decay": 0.0, **own})
     options: dict[str, Any] = {
         "lr": config.lr,
         "betas": config.betas,

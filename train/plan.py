@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.buckets import Size
+from train.clips import describe_buckets
 from train.config import RunConfig
 from train.config_file import dump_config
 from train.distributed import Ranks, micro_batch_size
@@ -24,12 +26,12 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 
-def flops_per_sample(recipe: Recipe) -> int:
+def flops_per_sample(recipe: Recipe, size: Size) -> int:
     """Multiplications and additions of one sample's forward and backward pass, in matrix products
     and convolutions; without a latent cache, of the frozen VAE's encoder too. The recipe is on the
-    meta device."""
+    meta device; size is that of the clip."""
     with FlopCounterMode(display=False) as counter:
-        losses, _ = recipe(recipe.example_batch(1, "meta"))
+        losses, _ = recipe(recipe.example_batch(1, "meta", size))
         losses.sum().backward()
     return counter.get_total_flops()
 
@@ -52,12 +54,16 @@ def plan(config: RunConfig) -> str:
         total, trained = count_parameters(module)
         lines.append(f"{name + ' parameters':28}{total:>16,}  ({trained:,} trained)")
     clips = len(data.train.rows)
-    tokens = recipe.num_tokens()
-    flops = flops_per_sample(recipe) * batch_size
+    shares = config.data.shares or {config.data.sizes[0]: 1.0}
+    total = sum(shares.values())
+    # Means over the steps, where batches have several sizes.
+    tokens = round(sum(w * recipe.num_tokens(size) for size, w in shares.items()) / total)
+    per_sample = sum(w * flops_per_sample(recipe, size) for size, w in shares.items()) / total
+    flops = per_sample * batch_size
     epochs = config.train.steps * batch_size / clips
     lines += [
         f"{'clips':28}{clips:>16,}  ({len(data.train.bad):,} rows left out)",
-        f"{'epochs':28}{epochs:>16,.1f}",
+        *(describe_buckets(data.train, config) or [f"{'epochs':28}{epochs:>16,.1f}"]),
         f"{'samples per batch':28}{batch_size:>16,}  ({micro:,} per micro-batch and process)",
         f"{'tokens per sample':28}{tokens:>16,}",
         f"{'tokens per batch':28}{tokens * batch_size:>16,}",

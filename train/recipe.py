@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from data.buckets import Size
 from data.manifest import Manifest
 from data.randomness import generator, stream_seed
 from sample.model import ModelInfo
@@ -22,6 +23,22 @@ from train.config import RunConfig
 from train.distributed import Ranks
 
 Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainedGroup:
+    """Parameters in training whose gradients are clipped together; the optimizer's own learning rate
+    and betas, but for what is given here."""
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+    lr_ratio: float = 1.0
+    betas: tuple[float, float] | None = None
+
+    @property
+    def norm_name(self) -> str:
+        """What the gradient norm is logged as."""
+        return f"grad_norm_{self.name}" if self.name else "grad_norm"
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,10 @@ class Recipe(nn.Module, ABC):
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters in training, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def groups(self) -> list[TrainedGroup]:
+        """The parameters in training; those of the first group are averaged (EMA) and exported."""
+        return [TrainedGroup("", self.trained())]
 
     def model_info(self, provenance: dict[str, Any]) -> ModelInfo:
         """What an exported model says of itself: the clips that this run trains on."""
@@ -98,12 +119,12 @@ class Recipe(nn.Module, ABC):
         """Tensors for `forward` on the device; a function of the items and counters alone."""
 
     @abstractmethod
-    def example_batch(self, batch_size: int, device: str) -> Batch:
-        """A batch of the right shapes with meaningless content."""
+    def example_batch(self, batch_size: int, device: str, size: Size) -> Batch:
+        """A batch of the right shapes for clips of a size, with meaningless content."""
 
     @abstractmethod
-    def num_tokens(self) -> int:
-        """Positions that the network works on, per sample."""
+    def num_tokens(self, size: Size) -> int:
+        """Positions that the network works on, for a clip of a size."""
 
     @abstractmethod
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -116,6 +137,10 @@ class Recipe(nn.Module, ABC):
     @abstractmethod
     def samples(self) -> dict[str, Tensor]:
         """Videos to look at, uint8 (3 f h w) by name. Called on the main rank only."""
+
+    def histograms(self) -> dict[str, Tensor]:
+        """Values whose distribution is to be seen in wandb, by name. Called on the main rank only."""
+        return {}
 
     @abstractmethod
     def export(self, folder: Path, provenance: dict[str, Any]) -> None:

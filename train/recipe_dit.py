@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from data.buckets import Size
 from data.randomness import numpy_generator
 from data.video import to_float, to_uint8
 from dit.objective import Objective
@@ -22,7 +23,8 @@ from dit.transformer import DiT
 from sample.model import Model, ModelInfo, load_model, save_model
 from sample.pipeline import MAX_BATCH_CELLS, TextToVideo
 from train.clips import TrainingClips, read_rows
-from train.config import DiTRecipeConfig, RunConfig
+from train.config import RunConfig
+from train.config_recipes import DiTRecipeConfig
 from train.distributed import Ranks
 from train.latents import CachedLatents, LatentCache
 from train.lora import add_adapters, check_objective, export_lora
@@ -107,9 +109,10 @@ class DiTRecipe(Recipe):
                 f"latents of {'x'.join(map(str, self.latent_shape[1:]))} do not divide into "
                 f"patches of {'x'.join(map(str, patch))}; change {change}"
             )
+        self.clip_tokens = self.num_tokens((clip.num_frames, clip.height, clip.width))
         boundary = self._start.expert_boundary or 0.0
         self.t_range = (0.0, boundary) if low else (boundary, 1.0)
-        first, last = (share_below(self.objective, t, self.num_tokens()) for t in self.t_range)
+        first, last = (share_below(self.objective, t, self.clip_tokens) for t in self.t_range)
         self._first_share, self._share = first, last - first
         self._chunk = MAX_BATCH_CELLS // (clip.num_frames * clip.height * clip.width)
         self._chunk = min(max(1, self._chunk), _CHUNK)
@@ -239,7 +242,7 @@ class DiTRecipe(Recipe):
         dropped = counted_uniform(seed, "caption-dropout", g) < self.options.caption_dropout
         captions = ["" if drop else text for drop, text in zip(dropped, items["captions"])]
         batch = {
-            "t": self.objective.sample_t(uniform, self.num_tokens()).to(device),
+            "t": self.objective.sample_t(uniform, self.clip_tokens).to(device),
             "ids": self.tokenize(captions).to(device),
             "noise": counted_noise(seed, "noise", g, self.latent_shape, device),
         }
@@ -250,8 +253,8 @@ class DiTRecipe(Recipe):
         video = items["video"].to(device, non_blocking=True)
         return {**batch, "video": video, "posterior_noise": posterior_noise}
 
-    def example_batch(self, batch_size: int, device: str) -> Batch:
-        latents = torch.zeros(batch_size, *self.latent_shape, device=device)
+    def example_batch(self, batch_size: int, device: str, size: Size) -> Batch:
+        latents = torch.zeros(batch_size, *self.vae.latent_shape(*size), device=device)
         length = self.text.config.context_length
         batch = {
             "t": torch.zeros(batch_size, device=device),
@@ -260,16 +263,15 @@ class DiTRecipe(Recipe):
         }
         if self.options.latent_cache is not None:
             return {**batch, "latents": latents}
-        clip = self.config.data
-        video = (batch_size, 3, clip.num_frames, clip.height, clip.width)
         return {
             **batch,
-            "video": torch.zeros(video, dtype=torch.uint8, device=device),
+            "video": torch.zeros(batch_size, 3, *size, dtype=torch.uint8, device=device),
             "posterior_noise": latents,
         }
 
-    def num_tokens(self) -> int:
-        return prod(s // p for s, p in zip(self.latent_shape[1:], self.dit.config.patch_size))
+    def num_tokens(self, size: Size) -> int:
+        shape = self.vae.latent_shape(*size)[1:]
+        return prod(s // p for s, p in zip(shape, self.dit.config.patch_size))
 
     @torch.no_grad()
     def encode(self, video: Tensor, noise: Tensor | None = None) -> Tensor:

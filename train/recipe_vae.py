@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from data.buckets import Size, size_name
 from data.randomness import permuted_index
 from data.video import to_float, to_uint8
-from dit.vae import VideoVAE
+from dit.perceptual import PerceptualDistance
+from dit.vae import VAE, VideoVAE
 from dit.vae_layers import ResidualBlock
-from sample.model import Model, save_model
-from train.clips import TrainingClips, read_rows
-from train.config import RunConfig, VAERecipeConfig
+from sample.model import Model, load_model, save_model
+from sample.weights import load_perceptual
+from train.clips import TrainingClips, read_rows, rows_of_one_size
+from train.config import RunConfig
+from train.config_recipes import VAERecipeConfig
 from train.distributed import Ranks
-from train.recipe import Batch, Recipe, TrainData, counted_noise
+from train.recipe import Batch, Recipe, TrainData, TrainedGroup, counted_noise
+from train.vae_losses import (
+    AdversarialLoss,
+    charbonnier,
+    kl_divergence,
+    temporal_difference,
+    with_gradient,
+)
 
 _CHUNK = 16  # clips per forward pass when measuring
+
+
+def spread(num_frames: int, wanted: int | None) -> list[int]:
+    """`wanted` of the frames (None: all), evenly spaced, the first and the last among them."""
+    if wanted is None or wanted >= num_frames:
+        return list(range(num_frames))
+    if wanted == 1:
+        return [num_frames // 2]
+    return [round(i * (num_frames - 1) / (wanted - 1)) for i in range(wanted)]
 
 
 def psnr(video: Tensor, reference: Tensor) -> Tensor:
@@ -28,7 +49,8 @@ def psnr(video: Tensor, reference: Tensor) -> Tensor:
 
 
 class VAERecipe(Recipe):
-    """L1, optional L2 and KL losses, all per pixel value (Rombach et al. 2022, appendix G).
+    """Losses of reconstruction and of the posterior, all per pixel value (Rombach et al. 2022, appendix
+    G), and optionally of a discriminator.
 
     Latent mean and standard deviation per channel are measured on export, with the weights that are
     exported; training itself works on latents as the encoder gives them.
@@ -40,14 +62,91 @@ class VAERecipe(Recipe):
         super().__init__(config, data, ranks, weights_device)
         assert isinstance(config.recipe, VAERecipeConfig)
         self.options = config.recipe
-        with self.weights_device:
-            self.vae = VideoVAE(config.recipe.vae)
+        self._settings = ""
+        self.vae = self._build_vae()
+        if self.options.channels_last:
+            self.vae.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         clip = config.data
         self.latent_shape = self.vae.latent_shape(clip.num_frames, clip.height, clip.width)
+        self.perceptual = self._build_perceptual()
+        self.adversarial: AdversarialLoss | None = None
+        if self.options.adversarial is not None:
+            with self.weights_device:
+                self.adversarial = AdversarialLoss(self.options.adversarial)
+        for size in config.data.sizes:
+            self._check_size(size)
         self._validation: Tensor | None = None
 
+    def _check_size(self, size: Size) -> None:
+        """Raises ValueError: some network cannot take clips of a size of the training batches."""
+        where = f"bucket {size_name(size)}: " if self.config.data.buckets else ""
+        try:
+            self.vae.latent_shape(*size)
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from None
+        needs = []
+        if self.adversarial is not None:
+            change = "use fewer layers, recipe.adversarial.discriminator.num_layers"
+            needs.append(("discriminator", self.adversarial.discriminator.smallest, change))
+        if self.perceptual is not None:
+            change = "use another recipe.perceptual.backbone"
+            needs.append(("perceptual network", self.perceptual.min_size, change))
+        for name, smallest, change in needs:
+            if min(size[1:]) < smallest:
+                raise ValueError(
+                    f"{where}clips of {size[1]}x{size[2]} are too small for the {name}, which needs "
+                    f"{smallest}x{smallest}; {change}"
+                )
+
+    def _build_vae(self) -> VAE:
+        if self.options.vae is not None:
+            with self.weights_device:
+                return VideoVAE(self.options.vae)
+        assert self.options.init is not None
+        model = load_model(self.options.init, self.weights_device, vae_only=True)
+        self._settings, vae = model.file().model_dump_json(include={"vae"}), model.vae
+        options = self.config.train
+        if not isinstance(vae, VideoVAE) and (options.compile or options.activation_checkpointing):
+            raise ValueError(
+                f"recipe.init={self.options.init}: train.compile and train.activation_checkpointing "
+                "know the blocks of our own VAE only; leave them out"
+            )
+        return vae.float().requires_grad_(True)
+
+    def _build_perceptual(self) -> PerceptualDistance | None:
+        """The frozen network, or None where there is none, or no weights for it."""
+        options = self.options.perceptual
+        if options is None:
+            return None
+        if options.weights is None:
+            if self.ranks.is_main:
+                print(
+                    "training without the perceptual loss: recipe.perceptual.weights is not given"
+                )
+            return None
+        return load_perceptual(options.backbone, options.weights, options.linear)
+
     def parts(self) -> dict[str, nn.Module]:
-        return {"vae encoder": self.vae.encoder, "vae decoder": self.vae.decoder}
+        parts: dict[str, nn.Module] = {"vae": self.vae}
+        if isinstance(self.vae, VideoVAE):
+            parts = {"vae encoder": self.vae.encoder, "vae decoder": self.vae.decoder}
+        if self.adversarial is not None:
+            parts["discriminator"] = self.adversarial.discriminator
+        return {**parts, **self.frozen()}
+
+    def groups(self) -> list[TrainedGroup]:
+        groups = [TrainedGroup("", {f"vae.{k}": p for k, p in self.vae.named_parameters()})]
+        if self.adversarial is not None:
+            own = {f"adversarial.{k}": p for k, p in self.adversarial.named_parameters()}
+            options = self.adversarial.config
+            groups.append(TrainedGroup("discriminator", own, options.lr_ratio, options.betas))
+        return groups
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return {} if self.perceptual is None else {"perceptual network": self.perceptual}
+
+    def start_settings(self) -> str:
+        return self._settings
 
     def load_validation(self) -> int:
         return len(self._validation_clips())
@@ -60,44 +159,83 @@ class VAERecipe(Recipe):
 
     def make_batch(self, items: dict[str, Any], step: int) -> Batch:
         device = self.ranks.device
-        noise = counted_noise(self.config.seed, "posterior", items["g"], self.latent_shape, device)
-        return {"video": items["video"].to(device, non_blocking=True), "noise": noise}
+        video = items["video"].to(device, non_blocking=True)
+        shape = self.vae.latent_shape(*video.shape[2:])
+        noise = counted_noise(self.config.seed, "posterior", items["g"], shape, device)
+        return {"video": video, "noise": noise, "step": torch.tensor(step)}
 
-    def example_batch(self, batch_size: int, device: str) -> Batch:
-        clip = self.config.data
-        video = (batch_size, 3, clip.num_frames, clip.height, clip.width)
+    def example_batch(self, batch_size: int, device: str, size: Size) -> Batch:
+        latents = self.vae.latent_shape(*size)
         return {
-            "video": torch.zeros(video, dtype=torch.uint8, device=device),
-            "noise": torch.zeros(batch_size, *self.latent_shape, device=device),
+            "video": torch.zeros(batch_size, 3, *size, dtype=torch.uint8, device=device),
+            "noise": torch.zeros(batch_size, *latents, device=device),
+            "step": torch.tensor(self.config.train.steps - 1),  # with everything that starts late
         }
 
-    def num_tokens(self) -> int:
-        _, f, h, w = self.latent_shape
-        return f * h * w
+    def num_tokens(self, size: Size) -> int:
+        return math.prod(self.vae.latent_shape(*size)[1:])
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         video = to_float(batch["video"])
+        if self.options.channels_last:
+            video = video.contiguous(memory_format=torch.channels_last_3d)
         mean, log_variance = (x.float() for x in self.vae.moments(video))
         latents = mean + (0.5 * log_variance).exp() * batch["noise"]
-        error = self.vae.decode_raw(latents).float() - video
-        l1, l2 = (x.mean(dim=(1, 2, 3, 4)) for x in (error.abs(), error.square()))
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-        kl = kl.sum(dim=(1, 2, 3, 4)) / video[0].numel()
-        options = self.options
-        losses = options.l1_weight * l1 + options.l2_weight * l2 + options.kl_weight * kl
-        values = {"l1": l1, "kl": kl, "psnr": -10 * torch.log10(l2.clamp(min=1e-10) / 4)}
+        output = self.vae.decode_raw(latents).float()
+        losses, values = self._reconstruction(output, video)
+        kl = kl_divergence(mean, log_variance) / video[0].numel()
+        values["kl"] = kl
+        if self.adversarial is None:
+            losses = losses + self.options.kl_weight * kl
+        else:
+            step = int(batch["step"])
+            losses, more = self._with_adversary(self.adversarial, losses, output, video, step)
+            losses = losses + self.options.kl_weight * kl
+            values.update(more)
         return losses, {name: value.detach() for name, value in values.items()}
+
+    def _reconstruction(self, output: Tensor, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted loss of reconstructions (b,), and its terms."""
+        options, error = self.options, output - video
+        l1, l2 = charbonnier(error, options.charbonnier_epsilon), error.square().mean((1, 2, 3, 4))
+        losses = options.l1_weight * l1 + options.l2_weight * l2
+        values = {"l1": l1, "psnr": -10 * torch.log10(l2.clamp(min=1e-10) / 4)}
+        if options.temporal_weight:
+            values["temporal"] = temporal_difference(error)
+            losses = losses + options.temporal_weight * values["temporal"]
+        if self.perceptual is not None:
+            assert options.perceptual is not None
+            shown = spread(video.shape[2], options.perceptual.num_frames)
+            values["perceptual"] = self.perceptual(output[:, :, shown], video[:, :, shown])
+            losses = losses + options.perceptual.weight * values["perceptual"]
+        return losses, values
+
+    def _with_adversary(
+        self, adversarial: AdversarialLoss, losses: Tensor, output: Tensor, video: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses with the discriminator's own, and with its part in the gradient of the output."""
+        if not adversarial.has_started(step):
+            return losses + adversarial.idle(), {}
+        verdict = adversarial(output, video, step)
+        (gradient,) = torch.autograd.grad(losses.sum(), output)
+        weight = adversarial.weights(step, gradient, verdict.gradient)
+        gradient = gradient + weight.view(-1, 1, 1, 1, 1) * verdict.gradient
+        losses = losses + weight * verdict.generator_loss
+        values = {**verdict.values, "adversarial_weight": weight}
+        return with_gradient(losses, output, gradient) + verdict.discriminator_loss, values
 
     @torch.no_grad()
     def reconstruct(self, video: Tensor) -> Tensor:
-        """Video (b 3 f h w) in [-1, 1] through the posterior mean and back, unclamped."""
-        return self.vae.decode(self.vae.encode(video).mean)
+        """Video (b 3 f h w) in [-1, 1] through the posterior mean and back, unclamped; without the
+        latent statistics, which export changes and a resumed run does not know."""
+        return self.vae.decode_raw(self.vae.moments(video)[0])
 
     def _validation_clips(self) -> Tensor:
         """This rank's share of the validation clips, uint8 (n 3 f h w)."""
         if self._validation is None:
-            count = min(self.config.logging.num_val_clips, len(self.data.validation.rows))
-            rows = range(self.ranks.rank, count, self.ranks.world_size)
+            usable = rows_of_one_size(self.data.validation, self.config.data)
+            rows = usable[: self.config.logging.num_val_clips]
+            rows = rows[self.ranks.rank :: self.ranks.world_size]
             _, self._validation = read_rows(self.data.validation, rows, self.config.data)
         return self._validation
 
@@ -127,19 +265,19 @@ class VAERecipe(Recipe):
         return sides
 
     @torch.no_grad()
-    def measure_latents(self) -> tuple[Tensor, Tensor]:
+    def measure_latents(self) -> tuple[Tensor, Tensor, int]:
         """Mean and standard deviation per channel (c,) of posterior draws for training clips, which
-        the seed chooses.
+        the seed chooses, and how many clips that were.
 
         Raises:
             ValueError: none of them can be read.
         """
-        seed, num_rows = self.config.seed, len(self.data.train.rows)
-        count = min(self.options.num_statistics_clips, num_rows)
+        seed, usable = self.config.seed, rows_of_one_size(self.data.train, self.config.data)
+        count = min(self.options.num_statistics_clips, len(usable))
         share = range(self.ranks.rank, count, self.ranks.world_size)
-        rows = [permuted_index(seed, number, num_rows) for number in share]
+        rows = [usable[permuted_index(seed, number, len(usable))] for number in share]
         device = self.ranks.device
-        sums = torch.zeros(3, self.latent_shape[0], dtype=torch.float64, device=device)
+        sums = torch.zeros(4, self.latent_shape[0], dtype=torch.float64, device=device)
         for first in range(0, len(rows), _CHUNK):
             kept, clips = read_rows(self.data.train, rows[first : first + _CHUNK], self.config.data)
             if not kept:
@@ -151,23 +289,33 @@ class VAERecipe(Recipe):
             sums[0] += values.sum(1)
             sums[1] += values.square().sum(1)
             sums[2] += values.shape[1]
-        total, squares, number = self.ranks.sum(sums)
+            sums[3] += len(kept)
+        total, squares, number, clips = self.ranks.sum(sums)
         if not number.any():
             raise ValueError(
                 f"none of the {count} clips of {self.data.train.path} that latent statistics come "
                 f"from can be read; run `zoetrope data check {self.data.train.path}`"
             )
         mean = total / number
-        return mean.float(), (squares / number - mean.square()).clamp(min=1e-12).sqrt().float()
+        std = (squares / number - mean.square()).clamp(min=1e-12).sqrt()
+        return mean.float(), std.float(), int(clips[0])
+
+    @torch.no_grad()
+    def histograms(self) -> dict[str, Tensor]:
+        """Latents of validation clips as the encoder gives them, and each channel's deviation."""
+        video = to_float(self._validation_clips()[:_CHUNK].to(self.ranks.device))
+        mean, log_variance = self.vae.moments(video)
+        return {
+            "latents/mean": mean.flatten(),
+            "latents/log_variance": log_variance.flatten(),
+            "latents/std_of_channels": mean.transpose(0, 1).flatten(1).std(1),
+        }
 
     def export(self, folder: Path, provenance: dict[str, Any]) -> None:
-        mean, std = self.measure_latents()
-        if not self.ranks.is_main:
-            return
-        self.vae.latent_mean.copy_(mean)
-        self.vae.latent_std.copy_(std)
-        try:
+        """A published VAE keeps its statistics: models of its latents rely on them."""
+        if isinstance(self.vae, VideoVAE):
+            mean, std, count = self.measure_latents()
+            self.vae.set_statistics(mean, std)
+            provenance = {**provenance, "statistics_clips": count}
+        if self.ranks.is_main:
             save_model(folder, Model(self.vae, self.model_info(provenance)))
-        finally:  # training and validation go on in the encoder's own units
-            self.vae.latent_mean.zero_()
-            self.vae.latent_std.fill_(1)

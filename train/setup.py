@@ -7,13 +7,14 @@ import hashlib
 import logging
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from pydantic import ValidationError
+from torch.utils.checkpoint import checkpoint as recompute
 
 from data.manifest import read_manifest
 from data.randomness import stream_seed
@@ -22,8 +23,10 @@ from sample.model import read_model_file
 from sample.pipeline import quiet_compiler
 from train import checkpoint
 from train.checkpoint import TrainState
-from train.config import RunConfig, TrainConfig, VAERecipeConfig, differing_key
+from train.clips import describe_buckets
+from train.config import RunConfig, TrainConfig, differing_key
 from train.config_file import dump_config
+from train.config_recipes import VAERecipeConfig
 from train.distributed import Ranks, micro_batch_size
 from train.ema import EMA
 from train.latents import hash_weights
@@ -39,7 +42,7 @@ def open_data(config: RunConfig) -> TrainData:
     """The run's manifests, validated; rows that cannot be used are logged.
 
     Raises:
-        ValueError: they are more than data.max_bad_share.
+        ValueError: they are more than data.max_bad_share, or a bucket has no clips.
     """
     train = read_manifest(config.data.manifest)
     validation = train
@@ -47,6 +50,7 @@ def open_data(config: RunConfig) -> TrainData:
         validation = read_manifest(config.data.validation)
     for manifest in {id(m): m for m in (train, validation)}.values():
         manifest.warn_of_bad_rows(config.data.max_bad_share)
+    describe_buckets(train, config)  # which finds a bucket without clips
     return TrainData(train, validation)
 
 
@@ -66,6 +70,8 @@ def build_recipe(
     if on_meta:
         return kind(config, data, ranks, torch.device("meta")).to("meta")
     recipe = kind(config, data, ranks, torch.device("cpu")).to(ranks.device)
+    if config.train.activation_checkpointing:
+        checkpoint_activations(recipe)
     if config.train.compile:
         compile_blocks(recipe, optional=config.train.compile == "auto")
     return recipe
@@ -73,9 +79,23 @@ def build_recipe(
 
 def fresh_state(recipe: Recipe, config: TrainConfig) -> TrainState:
     """The state before the first step."""
-    trained = recipe.trained()
-    optimizer = build_optimizer(trained, config.optimizer, recipe.blocks())
-    return TrainState(recipe, trained, optimizer, EMA(trained, config.ema))
+    groups = recipe.groups()
+    optimizer = build_optimizer(groups, config.optimizer, recipe.blocks())
+    return TrainState(recipe, recipe.trained(), optimizer, EMA(groups[0].parameters, config.ema))
+
+
+def checkpoint_activations(recipe: Recipe) -> None:
+    """Makes the repeated blocks keep their inputs alone, and compute the rest anew in the backward
+    pass (Chen et al. 2016, "Training deep nets with sublinear memory cost")."""
+    for block in recipe.blocks():
+        forward = block.forward
+
+        def checkpointed(*args: Any, forward: Callable[..., Any] = forward, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            return recompute(forward, *args, use_reentrant=False, **kwargs)
+
+        block.forward = checkpointed
 
 
 def compile_blocks(recipe: Recipe, *, optional: bool) -> None:
@@ -98,6 +118,8 @@ def compile_blocks(recipe: Recipe, *, optional: bool) -> None:
             f"train.compile=true, but torch.compile does not work here ({reason}); it needs a "
             "C++ compiler (Triton on a GPU). Install one, or set train.compile=false"
         ) from None
+    limit = torch._dynamo.config.recompile_limit  # one compilation for each size, and its gradients
+    torch._dynamo.config.recompile_limit = max(limit, 2 * len(recipe.config.data.sizes) + 2)
     for block in recipe.blocks():
         block.compile(dynamic=False)
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
 from dit.text import TextEncoder
+from sample.weights import read_weights
 
 
 def load_text_weights(text: TextEncoder, path: Path) -> None:
@@ -25,9 +20,7 @@ def load_text_weights(text: TextEncoder, path: Path) -> None:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, or is not a text tower of this shape.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"recipe.text.checkpoint {path} does not exist")
-    weights = {_plain(key): value for key, value in _read(path).items()}
+    weights = {_plain(key): value for key, value in read_weights(path).items()}
     wanted = text.transformer.state_dict()
     positions = weights.get("positional_embedding")
     if positions is not None:
@@ -52,19 +45,3 @@ def load_text_weights(text: TextEncoder, path: Path) -> None:
 
 def _plain(key: str) -> str:
     return key.removeprefix("module.").removeprefix("text.")
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}); expected the weights "
-            "of a CLIP model from open_clip as .safetensors, or as .pt or .bin of tensors alone"
-        ) from None
-    content = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} does not hold a dict of tensors")
-    return content

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from data.cli import app
@@ -91,3 +92,18 @@ def test_senseless_options_are_refused(folder, options, message):
 def test_a_missing_manifest_is_refused(tmp_path):
     result = CliRunner().invoke(app, ["check", str(tmp_path / "no.jsonl")])
     assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_images_are_kept_as_single_frames_alone(folder):
+    Image.new("RGBA", (40, 30)).save(folder / "a.png")
+    Image.new("RGB", (40, 30)).save(folder / "b.jpg")
+    cut = folder / "b.jpg"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    names = ["a.png", "b.jpg", "good.mp4"]
+    lines = check(folder, names, "--frames", "1", "--workers", "1").stdout.splitlines()
+    assert lines[0] == "kept     line 1: a.png: 40x30, an image, png"
+    assert lines[1].startswith("dropped  line 2: b.jpg: ")
+    assert lines[3] == "2 of 3 clips kept, 1 dropped"
+    lines = check(folder, names, "--frames", "5", "--workers", "1").stdout.splitlines()
+    assert lines[0] == "dropped  line 1: a.png: an image, but 5 frames are wanted"
+    assert lines[3] == "1 of 3 clips kept, 2 dropped"

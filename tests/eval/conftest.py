@@ -1,5 +1,9 @@
+import copy
+import warnings
+
 import pytest
 import torch
+from torch import nn
 
 from data.randomness import generator
 from data.world import make_scene
@@ -58,3 +62,38 @@ def tiny_model():
     info = ModelInfo(fps=8.0, num_frames=9, height=32, width=32)
     parts = [part.eval().requires_grad_(False) for part in (vae, dit, text)]
     return Model(parts[0], info, parts[1], parts[2], FlowMatching())
+
+
+@pytest.fixture(scope="session")
+def lossy_model(tiny_model):
+    """The VAE of tiny_model alone, without half of what it decodes from."""
+    vae = copy.deepcopy(tiny_model.vae)
+    with torch.no_grad():
+        vae.decoder.stem.weight[24:] = 0
+    return Model(vae, tiny_model.info)
+
+
+@pytest.fixture(scope="session")
+def other_model():
+    """A VAE with another rule of sizes: 2k + 1 frames, multiples of 3 pixels."""
+    torch.manual_seed(1)
+    vae = VideoVAE(VAEConfig(latent_channels=8, widths=(8,), factors=((2, 3),), num_blocks=1))
+    for weight in vae.parameters():  # residual blocks that do something
+        weight.data += 0.2 * torch.randn(weight.shape)
+    info = ModelInfo(fps=6.0, num_frames=5, height=36, width=36)
+    return Model(vae.eval().requires_grad_(False), info)
+
+
+class ColourMeans(nn.Module):
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        return video.mean(dim=[2, 3, 4])
+
+
+@pytest.fixture(scope="session")
+def extractor_file(tmp_path_factory):
+    """A TorchScript file: from video to the mean of each colour."""
+    path = tmp_path_factory.mktemp("extractor") / "colours.pt"
+    with warnings.catch_warnings():  # newer versions of torch would have it otherwise
+        warnings.simplefilter("ignore")
+        torch.jit.script(ColourMeans()).save(path)
+    return path

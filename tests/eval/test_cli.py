@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from data.world_files import WorldSpec, write_world
 from eval.cli import evaluate
-from sample.model import Model, save_model
+from sample.model import save_model
 
 app = typer.Typer()
 app.command()(evaluate)
@@ -47,17 +47,6 @@ def test_the_world_suite_prints_a_table_and_writes_json(folder, world, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
-def test_the_vae_suite_takes_rendered_clips_or_a_manifest(folder, world, tmp_path, tiny_model):
-    alone = tmp_path / "vae"
-    save_model(alone, Model(tiny_model.vae, tiny_model.info))  # no DiT is needed
-    for options in ([], ["--clips", world]):
-        output = tmp_path / "vae.json"
-        result = run(alone, "--suite", "vae", "--num", 3, "-o", output, *options)
-        assert result.exit_code == 0, result.output
-        assert "PSNR, dB" in result.stdout
-        assert json.loads(output.read_text())["scores"]["vae"]["psnr"]["num"] == 3
-
-
 @pytest.mark.parametrize("as_folder", [True, False])
 def test_a_folder_of_videos_is_scored_without_a_model(world, as_folder):
     result = run(world.parent if as_folder else world, "--num", 5)
@@ -75,7 +64,11 @@ def test_a_folder_of_videos_is_scored_without_a_model(world, as_folder):
         (["--level", 7], ValueError, "level=7"),
         (["--split", "test"], ValueError, "split=test"),
         (["--sampler", "ddim"], ValueError, "does not suit"),
-        (["--clips", "x.jsonl"], ValueError, "--suite vae"),
+        (["x.jsonl"], ValueError, "--suite vae"),
+        (["--against", "x"], ValueError, "--against goes with --suite vae"),
+        (["--sizes", "32"], ValueError, "--sizes goes with --suite vae"),
+        (["--tile", 4], ValueError, "--tile goes with --suite vae"),
+        (["--lpips-weights", "x"], ValueError, "--lpips-weights goes with --suite vae"),
         (["-o", "no/such/folder/x.json"], FileNotFoundError, "no such folder"),
         (["-o", "/"], ValueError, "is a folder"),
         (["--device", "meta"], ValueError, "device=meta cannot be used"),

@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from eval.metrics import difference, mean_estimate, proportion, psnr, ssim
+from eval.metrics import (
+    difference,
+    mean_estimate,
+    paired_difference,
+    proportion,
+    psnr,
+    ssim,
+    temporal_psnr,
+)
+from eval.tables import cell
 
 
 def pictures(seed, noise, shape=(3, 24, 30, 3)):
@@ -106,3 +115,76 @@ def test_nothing_measured_is_no_number():
 def test_a_mean_over_nan_is_refused():
     with pytest.raises(ValueError, match="not finite"):
         mean_estimate([1.0, math.nan])
+
+
+def test_known_noise_has_a_known_psnr():
+    a = np.full((5, 32, 32, 3), 100, np.uint8)
+    signs = np.random.default_rng(0).choice([-4, 4], size=a.shape)
+    assert psnr(a, (a + signs).astype(np.uint8)) == pytest.approx(20 * math.log10(255 / 4))
+    noise = np.random.default_rng(1).normal(scale=10, size=(5, 64, 64, 3))
+    noisy = (a[:, :1, :1] + noise).round().astype(np.uint8)
+    # Rounding adds the variance of a uniform distribution, 1/12.
+    expected = 10 * math.log10(255**2 / (100 + 1 / 12))
+    assert psnr(np.full(noisy.shape, 100, np.uint8), noisy) == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize("function", [psnr, ssim, temporal_psnr])
+def test_long_clips_in_pieces_give_the_same_figure(function, monkeypatch):
+    a, b = pictures(3, 12, shape=(7, 24, 30, 3))
+    whole = function(a, b)
+    for pixels in (1, 2 * 24 * 30, 3 * 24 * 30):
+        monkeypatch.setattr("eval.metrics._PIECE", pixels)
+        assert function(a, b) == pytest.approx(whole, rel=1e-12)
+
+
+def test_temporal_psnr_sees_flicker_and_not_what_stays():
+    a, _ = pictures(4, 0, shape=(6, 16, 16, 3))
+    a = a // 2 + 40
+    assert temporal_psnr(a, a + np.uint8(7)) == math.inf
+    pattern = np.random.default_rng(0).integers(0, 20, size=a.shape[1:]).astype(np.uint8)
+    assert temporal_psnr(a, a + pattern) == math.inf
+    flicker = a.copy()
+    flicker[::2] += np.uint8(3)  # every change is off by 3
+    assert temporal_psnr(a, flicker) == pytest.approx(20 * math.log10(255 / 3))
+    assert psnr(a, flicker) == pytest.approx(20 * math.log10(255 / 3) + 10 * math.log10(2))
+
+
+def test_temporal_psnr_is_that_of_frame_differences():
+    a, b = pictures(6, 15, shape=(5, 20, 20, 3))
+    changes = [np.diff(clip.astype(float), axis=0) for clip in (a, b)]
+    expected = peak_signal_noise_ratio(*changes, data_range=255)
+    assert temporal_psnr(a, b) == pytest.approx(expected, abs=1e-9)
+    # Noise of its own in every frame counts twice in a difference.
+    assert temporal_psnr(a, b) == pytest.approx(psnr(a, b) - 10 * math.log10(2), abs=0.2)
+
+
+def test_a_single_frame_does_not_flicker():
+    a, b = pictures(1, 5, shape=(1, 16, 16, 3))
+    assert math.isnan(temporal_psnr(a, b))
+    with pytest.raises(ValueError, match="expected two alike"):
+        temporal_psnr(a, b[:, 1:])
+
+
+def test_paired_differences_are_sharper_than_the_figures():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(30, 8, size=100)  # what makes a clip hard is common to both
+    first, second = hard + 1 + rng.normal(0, 0.1, 100), hard + rng.normal(0, 0.1, 100)
+    gain = paired_difference(first, second)
+    assert gain.value == pytest.approx(1, abs=0.05)
+    assert 0.9 < gain.low < gain.high < 1.1
+    apart = mean_estimate(first)
+    assert apart.high - apart.low > 20 * (gain.high - gain.low)
+    assert paired_difference(second, first).value == pytest.approx(-gain.value)
+    assert paired_difference([], []).num == 0
+    with pytest.raises(ValueError, match="expected the same clips"):
+        paired_difference([1.0], [1.0, 2.0])
+
+
+def test_a_single_clip_has_no_interval():
+    estimate = mean_estimate([31.5])
+    assert (estimate.value, estimate.num) == (31.5, 1)
+    assert estimate.to_json() == {"value": 31.5, "low": None, "high": None, "num": 1}
+    assert str(estimate) == "31.500 N=1"
+    assert cell(estimate.to_json()) == "31.5 N=1"
+    assert cell(mean_estimate([-2.0, -2.0]).to_json(), sign=True) == "-2.000 [-2.000, -2.000] N=2"
+    assert cell(mean_estimate([12.25]).to_json(), sign=True, large=2) == "+12.25 N=1"

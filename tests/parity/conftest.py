@@ -1,4 +1,5 @@
-"""Tiny folders of every kind of Wan, saved by diffusers and transformers themselves."""
+"""Tiny folders of every kind of Wan and of other video VAEs, saved by diffusers and transformers
+themselves."""
 
 from pathlib import Path
 from typing import Literal
@@ -117,6 +118,117 @@ def wan_folders(tmp_path_factory):
         return made[kind, scheduler]
 
     return folders
+
+
+# A family of video VAEs: diffusers' class, and settings for a tiny one.
+VAES = {
+    "hunyuan_video": (
+        "AutoencoderKLHunyuanVideo",
+        dict(
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+        ),
+    ),
+    "cogvideox": (
+        "AutoencoderKLCogVideoX",
+        dict(
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            scaling_factor=0.7,
+        ),
+    ),
+    "ltx_video": (
+        "AutoencoderKLLTXVideo",
+        dict(
+            latent_channels=6,
+            block_out_channels=(8, 8, 16, 16),
+            decoder_block_out_channels=(8, 8, 16, 16),
+            layers_per_block=(1,) * 5,
+            decoder_layers_per_block=(1,) * 5,
+            scaling_factor=0.8,
+        ),
+    ),
+    "mochi": (
+        "AutoencoderKLMochi",
+        dict(
+            latent_channels=4,
+            encoder_block_out_channels=(64,) * 4,
+            decoder_block_out_channels=(64,) * 4,
+            layers_per_block=(1,) * 5,
+            latents_mean=(-0.5, 0.0, 0.3, 1.0),
+            latents_std=(0.5, 1.0, 1.5, 2.0),
+            scaling_factor=0.9,
+        ),
+    ),
+}
+VAES["cogvideox-1.5"] = (
+    VAES["cogvideox"][0],
+    {**VAES["cogvideox"][1], "invert_scale_latents": True},
+)
+LTX_LATER = {
+    **VAES["ltx_video"][1],
+    "decoder_block_out_channels": (8, 16, 32),
+    "decoder_layers_per_block": (1,) * 4,
+    "decoder_spatio_temporal_scaling": (True,) * 3,
+    "decoder_inject_noise": (False,) * 4,
+    "upsample_residual": (True,) * 3,
+    "upsample_factor": (2,) * 3,
+    "timestep_conditioning": True,
+}
+VAES["ltx_video-0.9.1"] = (
+    "AutoencoderKLLTXVideo",
+    {**LTX_LATER, "decoder_inject_noise": (True, True, True, False)},
+)
+VAES["ltx_video-0.9.5"] = (
+    "AutoencoderKLLTXVideo",
+    {
+        **LTX_LATER,
+        "block_out_channels": (8, 8, 16, 32, 32),
+        "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
+        "spatio_temporal_scaling": (True,) * 4,
+        "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+        "spatial_compression_ratio": 32,
+        "temporal_compression_ratio": 8,
+    },
+)
+
+
+def make_public_vae(family: str):
+    """No parameter of it at zero, or all at one."""
+    import diffusers
+
+    if family.startswith("wan"):
+        vae = make_vae("ti2v" if family == "wan-2.2" else "t2v")
+    else:
+        name, settings = VAES[family]
+        vae = getattr(diffusers, name)(**settings)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            if parameter.ndim and parameter.min() == parameter.max():
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+        if family.startswith("ltx"):
+            vae.latents_mean.normal_()
+            vae.latents_std.uniform_(0.5, 2)
+    return vae.eval()
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory):
+    """A family's folder, saved by diffusers."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            torch.manual_seed(0)
+            made[family] = tmp_path_factory.mktemp("vaes") / family
+            make_public_vae(family).save_pretrained(made[family])
+        return made[family]
+
+    return folder
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sample.lora import WEIGHTS, apply_lora, lora_step
 from sample.model import load_model
 from sample.pipeline import TextToVideo
-from train.config import LoRAConfig
+from train.config_recipes import LoRAConfig
 from train.lora import add_adapters, export_lora
 
 

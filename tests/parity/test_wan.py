@@ -9,8 +9,8 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from pydantic import ValidationError
 from transformers import UMT5EncoderModel
 
+from dit.diffusers_vae_config import WanVAEConfig
 from dit.transformer import DiTConfig
-from dit.wan_vae import WanVAEConfig
 from sample.model import load_model
 from sample.wan_config import transformer_json
 from sample.wan_names import wan_tensors

@@ -21,6 +21,20 @@ VAE = {
     "vae": {"latent_channels": 4, "widths": [8, 12], "factors": [[2, 2], [2, 2]]},
     "num_statistics_clips": 8,
 }
+# With everything that a VAE may be trained on, but a perceptual network.
+GAN = {
+    **VAE,
+    "vae": {**VAE["vae"], "stem": "haar", "antialias": True},
+    "charbonnier_epsilon": 0.01,
+    "temporal_weight": 0.5,
+    "channels_last": True,
+    "adversarial": {
+        "start_step": 5,
+        "ramp_steps": 4,
+        "discriminator": {"width": 4, "num_layers": 2},
+        "r1_interval": 3,
+    },
+}
 DIT = {
     "kind": "dit",
     "dit": {"dim": 24, "num_blocks": 1, "num_heads": 2, "mlp_dim": 32},
@@ -50,7 +64,7 @@ def deep_update(base, changes):
 class Room:
     """A folder with a rendered world and a trained VAE, to start runs in."""
 
-    recipes: ClassVar = {"vae": VAE, "dit": DIT}
+    recipes: ClassVar = {"vae": VAE, "gan": GAN, "dit": DIT}
 
     def __init__(self, folder):
         self.folder = folder

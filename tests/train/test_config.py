@@ -4,8 +4,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from train.config import DiTSection, RunConfig, differing_key
+from train.config import RunConfig, differing_key
 from train.config_file import ConfigError, dump_config, load_config
+from train.config_recipes import DiTSection
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from data.dataset import ClipDataset
 from data.manifest import read_manifest
 from sample.model import load_model
 from train import latents
-from train.config import DataConfig
+from train.config_data import DataConfig
 from train.distributed import Ranks
 from train.latents import CachedLatents, LatentCache
 from train.logs import read_log

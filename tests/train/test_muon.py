@@ -8,6 +8,7 @@ import torch
 from train.config import MuonConfig
 from train.muon import orthogonalise
 from train.optim import build_optimizer, set_lr
+from train.recipe import TrainedGroup
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 32), (2, 32, 8)])
@@ -32,7 +33,9 @@ def build(lr=1e-2, muon_lr=0.1, weight_decay=0.0):
         }
     )
     config = MuonConfig(lr=lr, muon_lr=muon_lr, weight_decay=weight_decay)
-    optimizer = build_optimizer(dict(net.named_parameters()), config, [net["block"], net["wide"]])
+    optimizer = build_optimizer(
+        [TrainedGroup("", dict(net.named_parameters()))], config, [net["block"], net["wide"]]
+    )
     return net, optimizer
 
 

@@ -16,7 +16,7 @@ from train.distributed import micro_batch_size
 from train.ema import EMA
 from train.logs import Window, clock, describe, describe_unread
 from train.optim import build_optimizer, clip_gradients, schedule_factor
-from train.recipe import counted_noise, counted_uniform
+from train.recipe import TrainedGroup, counted_noise, counted_uniform
 from train.recipe_dit import strata
 
 
@@ -51,7 +51,7 @@ def test_schedule_rises_then_falls_and_is_never_zero(kind, warmup, fraction, ste
 def test_only_matrices_decay():
     net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Conv3d(1, 1, 1))
     config = AdamWConfig(lr=1e-3, weight_decay=0.5)
-    optimizer = build_optimizer(dict(net.named_parameters()), config)
+    optimizer = build_optimizer([TrainedGroup("", dict(net.named_parameters()))], config)
     decaying, others = optimizer.param_groups
     assert [p.ndim for p in decaying["params"]] == [2, 5]
     assert decaying["weight_decay"] == 0.5

@@ -7,10 +7,12 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from dit.discriminator import PatchDiscriminator
 from dit.transformer import DiT, DiTConfig
+from dit.vae import VideoVAE
 from sample.wan_config import transformer_json
-from train.config import DiTRecipeConfig
 from train.config_file import load_config
+from train.config_recipes import DiTRecipeConfig, VAERecipeConfig
 from train.plan import plan
 
 FOLDER = Path(__file__).parents[2] / "configs" / "presets"
@@ -22,6 +24,8 @@ PRESETS = {
     "5b": (5e9, 48, (4, 16, 16), 4_999_787_712),
     "14b": (14e9, 16, (4, 8, 8), 14_288_491_584),
 }
+# name: latent channels
+VAES = {"vae-4x8x8": 16, "vae-4x16x16": 48, "vae-8x32x32": 128}
 
 
 def preset(name):
@@ -46,7 +50,7 @@ def wans(config: DiTConfig) -> WanTransformer3DModel:
 
 
 def test_every_preset_is_tested():
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(PRESETS)
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*PRESETS, *VAES}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -107,3 +111,36 @@ def test_the_smallest_one_passes_a_dry_run(room, tmp_path):
     lines = plan(load_config(FOLDER / "130m.yaml", pairs)).splitlines()
     parameters = next(line for line in lines if line.startswith("dit parameters"))
     assert 120e6 < int(parameters.split()[2].replace(",", "")) < 135e6
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_vaes_compress_as_their_names_say(name):
+    path = FOLDER / f"{name}.yaml"
+    config = load_config(path)
+    assert isinstance(config.recipe, VAERecipeConfig)
+    with torch.device("meta"):
+        vae = VideoVAE(config.recipe.vae)
+        discriminator = PatchDiscriminator(config.recipe.adversarial.discriminator)
+    space = vae.spatial_factor
+    assert name == f"vae-{vae.temporal_factor}x{space}x{space}"
+    assert vae.latent_channels == VAES[name]
+    text = path.read_text()
+    assert f"{count(vae):,} parameters, and {count(discriminator):,} in the disc" in text
+    for bucket in config.data.buckets:
+        vae.latent_shape(bucket.num_frames, bucket.height, bucket.width)
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_vaes_pass_a_dry_run(room, tmp_path, name):
+    """With this test's clips, and without the perceptual network's weights."""
+    overrides = {
+        "out": tmp_path / "run",
+        "data.manifest": room.folder / "train" / "manifest.jsonl",
+        "data.validation": room.folder / "held-out" / "manifest.jsonl",
+        "recipe.perceptual": "null",
+        "data.buckets": "[{num_frames: 1, height: 64, width: 64}]",
+    }
+    pairs = [f"{key}={value}" for key, value in overrides.items()]
+    text = plan(load_config(FOLDER / f"{name}.yaml", pairs))
+    assert "vae encoder parameters" in text
+    assert "FLOPs per step" in text

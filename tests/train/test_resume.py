@@ -68,9 +68,9 @@ def assert_same_run(a, b, folder):
         assert same, name
 
 
-@pytest.mark.parametrize("kind", ["vae", "dit"])
+@pytest.mark.parametrize("kind", ["vae", "gan", "dit"])
 def test_kill_and_resume_is_bit_exact(room, tmp_path, kind, capsys):
-    optimizer = {"vae": {"kind": "adamw", "lr": 2e-3}, "dit": {"kind": "muon", "lr": 2e-3}}[kind]
+    optimizer = {"kind": "muon" if kind == "dit" else "adamw", "lr": 2e-3}
     changes = {**HARD, "train": {**HARD["train"], "optimizer": optimizer}}
     whole = room.train(tmp_path / "whole", kind, **changes)
 

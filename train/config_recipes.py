@@ -1,0 +1,168 @@
+"""What is trained, and on which losses: the recipes of a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from dit.discriminator import DiscriminatorConfig
+from dit.objective import DDPM, FlowMatching
+from dit.text import TextConfig
+from dit.transformer import DiTConfig
+from dit.vae import VAEConfig
+from train.config_data import Betas, Section, Share
+
+
+def given_once(value: Any, info: ValidationInfo) -> Any:
+    """A value that comes with the model that `init` names, or is given where there is none.
+
+    Raises:
+        ValueError: it is given twice, or not at all.
+    """
+    init = info.data.get("init", ...)  # ... where init itself is wrong
+    if init is None and value is None:
+        raise PydanticCustomError("missing", "Field required")
+    if isinstance(init, Path) and value is not None and info.field_name != "objective":
+        raise ValueError(f"comes with recipe.init={init}; leave it out")
+    return value
+
+
+class PerceptualConfig(Section):
+    """Distance of features of a frozen image network from timm (Zhang et al. 2018), in float32."""
+
+    weight: PositiveFloat = 1.0
+    backbone: str = "vgg16"  # a timm model that gives features
+    weights: Path | None = None  # a file; without it the loss is off, and the run says so
+    linear: Path | None = None  # LPIPS's weights of its channels; else all count alike
+    num_frames: PositiveInt | None = None  # of a clip, evenly spaced, that are compared; None: all
+
+
+class AdversarialConfig(Section):
+    """A discriminator of video patches, see train/vae_losses.py."""
+
+    start_step: NonNegativeInt  # late: once reconstructions are good
+    ramp_steps: NonNegativeInt = 500  # over which the generator's share grows
+    weight: PositiveFloat = 0.5
+    adaptive: bool = True  # the weight is relative to the gradient of the other losses
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    r1_weight: NonNegativeFloat = 1.0  # on half the squared gradient of the mean logit
+    r1_interval: PositiveInt = 16  # steps
+    lr_ratio: PositiveFloat = 1.0  # of the discriminator's learning rate to the VAE's
+    betas: Betas = (0.5, 0.9)  # of its optimizer
+
+
+class VAERecipeConfig(Section):
+    """Reconstruction, KL and adversarial losses, per pixel value.
+
+    From nothing it needs vae; with `init` it goes on from the VAE of a model folder.
+    """
+
+    kind: Literal["vae"] = "vae"
+    init: Path | None = None
+    vae: VAEConfig | None = Field(None, validate_default=True)
+    l1_weight: NonNegativeFloat = 1.0
+    charbonnier_epsilon: NonNegativeFloat = 0.0  # of the L1 term: sqrt(x^2 + epsilon^2)
+    l2_weight: NonNegativeFloat = 0.0
+    temporal_weight: NonNegativeFloat = 0.0  # on the L1 error of frame differences
+    kl_weight: NonNegativeFloat = 1e-6
+    perceptual: PerceptualConfig | None = None
+    adversarial: AdversarialConfig | None = None
+    channels_last: bool = False  # layout of kernels and activations, quicker on most GPUs
+    num_statistics_clips: PositiveInt = 256  # training clips that latent mean and std come from
+
+    _vae_once = field_validator("vae")(given_once)
+
+
+class DiTSection(DiTConfig):
+    """A DiTConfig without what follows from the VAE and the text encoder."""
+
+    in_channels: PositiveInt = Field(default=1, exclude=True, repr=False)
+    context_dim: PositiveInt = Field(default=1, exclude=True, repr=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derived(cls, value: Any) -> Any:
+        for name, source in (("in_channels", "VAE"), ("context_dim", "text encoder")):
+            if isinstance(value, dict) and name in value:
+                raise ValueError(f"{name} follows from the {source}; leave it out")
+        return value
+
+    def resolve(self, in_channels: int, context_dim: int) -> DiTConfig:
+        """The whole config of the network."""
+        return DiTConfig(in_channels=in_channels, context_dim=context_dim, **self.model_dump())
+
+
+class TextSection(TextConfig):
+    """A TextConfig, and the checkpoint of a pretrained one."""
+
+    checkpoint: Path | None = None  # a CLIP model from open_clip: .safetensors, .pt or .bin
+
+    @model_validator(mode="after")
+    def _frozen_is_pretrained(self) -> TextSection:
+        if not self.trainable and self.checkpoint is None:
+            raise ValueError(
+                "a frozen text encoder needs a pretrained checkpoint; give one, or trainable: true"
+            )
+        return self
+
+    def resolve(self) -> TextConfig:
+        """The config of the network alone."""
+        return TextConfig(**self.model_dump(exclude={"checkpoint"}))
+
+
+class LoRAConfig(Section):
+    """Low-rank updates of linear layers, W + alpha / rank * B A (Hu et al. 2021, section 4.1)."""
+
+    rank: PositiveInt
+    alpha: PositiveFloat | None = None  # None: as the rank, so that the factor is 1
+    # In every block: the linear layers of both attentions, and those of the MLP.
+    targets: Annotated[tuple[Literal["q", "k", "v", "out", "mlp"], ...], Field(min_length=1)] = (
+        "q",
+        "k",
+        "v",
+        "out",
+    )
+
+
+class DiTRecipeConfig(Section):
+    """A diffusion transformer on the latents of a trained VAE.
+
+    From nothing it needs vae, dit, text and objective; with `init` it starts from the model there,
+    and an objective only replaces the model's own.
+    """
+
+    kind: Literal["dit"] = "dit"
+    init: Path | None = None  # a model folder to fine-tune, such as one from `zoetrope import`
+    expert: Literal["high", "low"] | None = None  # of a model with two, which one trains
+    lora: LoRAConfig | None = None  # train these adapters and nothing else
+    vae: Path | None = Field(None, validate_default=True)  # a model folder
+    dit: DiTSection | None = Field(None, validate_default=True)
+    text: TextSection | None = Field(None, validate_default=True)
+    objective: FlowMatching | DDPM | None = Field(None, discriminator="kind", validate_default=True)
+    caption_dropout: Share = 0.1  # of samples that train on the empty caption, for guidance
+    latent_cache: Path | None = None  # made when missing; else the VAE encodes every batch. Needs
+    # data.random_start=false, as it holds each row's start only
+    cache_dtype: Literal["float16", "float32"] = "float16"
+
+    @field_validator("expert", "lora")
+    @classmethod
+    def _starts_from_a_model(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("init", ...) is None:
+            raise ValueError(
+                "this is for a run that starts from a trained model; set recipe.init too"
+            )
+        return value
+
+    _parts_once = field_validator("vae", "dit", "text", "objective")(given_once)
