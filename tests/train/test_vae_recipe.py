@@ -1,7 +1,9 @@
 """What a VAE may be trained on: adversary, perceptual network, checkpointing, starting from a model."""
 
+import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,12 +13,17 @@ import yaml
 from safetensors.torch import save_file
 
 from data.video import to_float
-from sample.model import load_model
+from dit.diffusers_vae import published_vae
+from dit.diffusers_vae_config import WanVAEConfig
+from sample.model import Model, load_model, save_model
 from train.config_file import ConfigError, load_config
 from train.distributed import Ranks
 from train.logs import read_log
+from train.loop import train
 from train.plan import plan
 from train.setup import build_recipe, fresh_state, open_data
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture
@@ -191,6 +198,41 @@ def test_starting_from_a_model(room, tmp_path):
     tuned = load_model(out / "model").vae
     assert not torch.equal(tuned.decoder.stem.weight, source.decoder.stem.weight)
     assert not torch.equal(tuned.latent_std, source.latent_std)
+
+
+def test_a_published_vae_is_fine_tuned_and_keeps_its_statistics(room, tmp_path):
+    config = WanVAEConfig(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=(1, 1, 2, 2),
+        num_res_blocks=1,
+        latents_mean=(0.1, 0.2, 0.3, 0.4),
+        latents_std=(1.0, 1.1, 1.2, 1.3),
+    )
+    source = tmp_path / "wan"
+    save_model(source, Model(published_vae(config), load_model(room.vae).info))
+    changes = {"recipe": {"vae": None, "init": str(source)}, "train": {"steps": 3}}
+    out = room.train(tmp_path / "run", "vae", **changes)
+    before, after = (load_model(folder).vae for folder in (source, out / "model"))
+    assert after.config == before.config
+    assert torch.equal(after.latent_std, before.latent_std)
+    weight = "decoder.conv_in.weight"
+    assert not torch.equal(*(vae.model.get_parameter(weight) for vae in (before, after)))
+    changes["train"] = {"steps": 3, "activation_checkpointing": True}
+    with pytest.raises(ValueError, match=r"know the blocks of our own VAE only"):
+        room.train(tmp_path / "other", "vae", **changes)
+
+
+def test_the_config_that_overfits_one_clip(room, tmp_path):
+    manifest = tmp_path / "one-clip.jsonl"
+    row = json.loads((room.folder / "train" / "manifest.jsonl").read_text().splitlines()[0])
+    clip = (room.folder / "train" / row["path"]).resolve()
+    manifest.write_text(json.dumps({"path": str(clip), "caption": "any text"}) + "\n")
+    overrides = [f"out={tmp_path / 'run'}", f"data.manifest={manifest}", "data.num_frames=5"]
+    overrides += ["data.height=16", "data.width=16", "train.steps=2", "logging.wandb=disabled"]
+    train(load_config(CONFIGS / "overfit-vae.yaml", overrides))
+    model = load_model(tmp_path / "run" / "model")
+    assert (model.vae.temporal_factor, model.vae.spatial_factor) == (4, 8)
 
 
 def test_latents_are_shown_as_histograms(room, tmp_path, monkeypatch):
