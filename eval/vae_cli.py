@@ -159,13 +159,13 @@ def compare(
 
 def _warnings(measured: Measured, size: ClipSize) -> list[str]:
     """What is to be known of the FVD of so many clips."""
-    from eval.vae_compare import motion_groups
+    from eval.vae_compare import GROUPS, motion_groups
 
     if not measured.features:
         return []
     num, dim = len(measured.clips), measured.features[0].shape[1]
     fewest, where = num, f"{num} clips"
-    if measured.motion:
+    if len(measured.motion) >= len(GROUPS):
         fewest = min(map(len, motion_groups(measured.motion)[1].values()))
         where += f", {fewest} in the smallest group by motion,"
     if fewest > dim:

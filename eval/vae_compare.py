@@ -224,12 +224,12 @@ def as_json(measured: Measured) -> dict[str, Any]:
             for k, clip in enumerate(measured.clips)
         ],
     }
-    if measured.motion:
+    if len(measured.motion) >= len(GROUPS):
         boundaries, groups = motion_groups(measured.motion)
         scores = {name: plain(estimates(measured, kept)) for name, kept in groups.items()}
         results["motion"] = {"boundaries": list(boundaries), "scores": scores}
-        for row, value in zip(results["clips"], measured.motion):
-            row["motion"] = value
+    for row, value in zip(results["clips"], measured.motion):
+        row["motion"] = value
     return results
 
 

@@ -103,10 +103,17 @@ def enumerate_clips(made):
     return [(str(k), each) for k, each in enumerate(made)]
 
 
+def test_two_clips_are_no_three_groups():
+    results = as_json(measure({"a": Wrong(3, 3)}, clips(2), batch_size=4))
+    assert results["motion"] is None
+    assert "motion" in results["clips"][0]
+
+
 def test_clips_that_move_alike_stay_together():
     _, groups = motion_groups([2.0] * 5)
     assert [len(kept) for kept in groups.values()] == [5, 0, 0]
-    results = as_json(measure({"a": Wrong(3, 3)}, clips(2), batch_size=4))
+    alike = [("a clip", clip(0))] * 3
+    results = as_json(measure({"a": Wrong(3, 3)}, alike, batch_size=4))
     assert results["motion"]["scores"]["fast"]["a"]["psnr"] == {
         "value": None,
         "low": None,
