@@ -119,7 +119,7 @@ def streamed(frames: int, size: int, device: str) -> tuple[float, float]:
     memory in MB as for `peak_mb`, and frames per second."""
     place = torch.device(device)
     net: Any = build("ours", place)
-    _, latents = inputs(frames, size, place)
+    latents = inputs(frames, size, place)[1]
     decode("ours", net, inputs(5, 32, place)[1])
     Path("/proc/self/clear_refs").write_text("5")
     before, begun, shown = resident("VmRSS"), time.perf_counter(), 0
