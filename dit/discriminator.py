@@ -56,5 +56,6 @@ class PatchDiscriminator(nn.Module):
 
 
 def _num_groups(width: int) -> int:
-    """As many as divide the width, up to 8."""
-    return next(n for n in range(min(8, width), 0, -1) if width % n == 0)
+    """As many as divide the width, up to 8, and of two channels at least: a single value, which is all
+    that the smallest clips have in a channel, is its own mean."""
+    return next(n for n in range(max(1, min(8, width // 2)), 0, -1) if width % n == 0)

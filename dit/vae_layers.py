@@ -147,7 +147,8 @@ class ChannelNorm(nn.Module):
     """Divides each position of (b c f h w) by the RMS of its channels, which float32 computes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype)
         return x * (x.shape[1] ** 0.5 / (norm + 1e-4)).to(x.dtype)
 
 

@@ -59,9 +59,11 @@ Wanted = Annotated[
     Suite, typer.Option(help="world: prompts scored by a tracker; vae: what a VAE loses.")
 ]
 Num = Annotated[int, typer.Option(help="How many clips.")]
-Level = Annotated[int, typer.Option(help="The world's level of difficulty, 1 to 4.")]
-Split = Annotated[str, typer.Option(help="held-out, combinations or speeds.")]
-Seed = Annotated[int, typer.Option(help="Of the scenes, prompts and samples.")]
+Level = Annotated[
+    int | None, typer.Option(help="The world's level of difficulty, 1 to 4; default 1.")
+]
+Split = Annotated[str | None, typer.Option(help="held-out, the default, combinations or speeds.")]
+Seed = Annotated[int | None, typer.Option(help="Of the scenes, prompts and samples; default 0.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if any.")]
 BatchSize = Annotated[
     int | None, typer.Option(help="Clips at a time; default 32, fewer VAE clips if large.")
@@ -94,13 +96,16 @@ LpipsWeights = Annotated[
 LpipsLinear = Annotated[
     Path | None, typer.Option(help="LPIPS's own weights, as its vgg.pth.", **_VAE)
 ]
-LpipsBackbone = Annotated[str, typer.Option(help="timm's name of the classifier.", **_VAE)]
+LpipsBackbone = Annotated[
+    str | None, typer.Option(help="timm's name of the classifier; default vgg16.", **_VAE)
+]
 FvdExtractor = Annotated[
     Path | None,
     typer.Option(help="TorchScript: float32 video (b 3 f h w) to features (b d).", **_VAE),
 ]
 FvdRange = Annotated[
-    PixelRange, typer.Option(help="Pixels it takes: 255 for [0, 255], unit for [-1, 1].", **_VAE)
+    PixelRange | None,
+    typer.Option(help="Pixels it takes: 255 for [0, 255], unit for [-1, 1].", **_VAE),
 ]
 Tile = Annotated[
     int | None,
@@ -116,9 +121,9 @@ def evaluate(
     manifest: ManifestPath = None,
     suite: Wanted = Suite.world,
     num: Num = 200,
-    level: Level = 1,
-    split: Split = "held-out",
-    seed: Seed = 0,
+    level: Level = None,
+    split: Split = None,
+    seed: Seed = None,
     batch_size: BatchSize = None,
     device: Device = None,
     output: Output = None,
@@ -132,9 +137,9 @@ def evaluate(
     fps: Fps = None,
     lpips_weights: LpipsWeights = None,
     lpips_linear: LpipsLinear = None,
-    lpips_backbone: LpipsBackbone = "vgg16",
+    lpips_backbone: LpipsBackbone = None,
     fvd_extractor: FvdExtractor = None,
-    fvd_range: FvdRange = PixelRange.levels,
+    fvd_range: FvdRange = None,
     tile: Tile = None,
     overlap: Overlap = None,
 ) -> None:
@@ -145,11 +150,11 @@ def evaluate(
 
     if output is not None:
         _check_writable(output)
+    scenes: dict[str, Any] = {"level": level, "split": split, "seed": seed}
+    scenes = {name: value for name, value in scenes.items() if value is not None}
     settings = WorldSettings(
-        level=level,
-        split=split,
+        **scenes,
         num=num,
-        seed=seed,
         steps=steps,
         guidance=guidance,
         sampler=None if sampler is None else sampler.value,
@@ -164,14 +169,20 @@ def evaluate(
         "fps": fps,
         "lpips_weights": lpips_weights,
         "lpips_linear": lpips_linear,
+        "lpips_backbone": lpips_backbone,
         "fvd_extractor": fvd_extractor,
+        "fvd_range": None if fvd_range is None else fvd_range.value,
         "tile": tile,
         "overlap": overlap,
     }
     if suite is Suite.vae:
         _refuse(of_the_world, Suite.world)
         given = {name: value for name, value in of_vaes.items() if value is not None}
-        given |= {"lpips_backbone": lpips_backbone, "fvd_range": fvd_range.value}
+        if manifest is not None and scenes:
+            raise ValueError(
+                f"--{next(iter(scenes))} is of the world's clips, and these come from {manifest}; "
+                "leave one of the two out"
+            )
         results, text = _vae_suite(model, settings, {**given, "batch_size": batch_size}, device)
     else:
         _refuse(of_vaes, Suite.vae)

@@ -14,6 +14,7 @@ from eval.metrics import Estimate
 if TYPE_CHECKING:
     import torch
 
+_LARGEST = 1e100  # of a feature
 NUM_RESAMPLES = 200  # fewer than for means: each one needs a decomposition
 
 PixelRange = Literal["255", "unit"]
@@ -44,8 +45,12 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
             f"got features of shapes {x.shape} and {y.shape}, expected (n d) and (m d) with at least 2 "
             "rows"
         )
+    if not x.shape[1]:
+        raise ValueError(f"got features of shape {x.shape}, without a dimension to compare")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("the features have values that are NaN or infinite")
+    if max(np.abs(x).max(), np.abs(y).max()) > _LARGEST:
+        raise ValueError(f"the features have values beyond {_LARGEST:g}, whose squares overflow")
     a, b = _factor(x), _factor(y)
     roots = np.linalg.svd(a @ b.T, compute_uv=False).sum()
     means = np.square(x.mean(axis=0) - y.mean(axis=0)).sum()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.vae_options import ClipSize, VAEOptions, check_size, short_names, wanted_sizes
+from eval.vae_options import ClipSize, VAEOptions, check_size, check_tile, short_names, wanted_sizes
 from eval.vae_tables import protocol
 
 if TYPE_CHECKING:
@@ -49,13 +49,15 @@ def prepare(folder: Path, options: VAEOptions, device: torch.device) -> Setup:
     sizes = wanted_sizes(options, models[0].info)
     for size in sizes:
         check_size(vaes, size)
+        if options.tile is not None:
+            check_tile(vaes, size, options.tile)
     judges, notes = _judges(options, device)
     if judges.perceptual is not None:
         least = judges.perceptual.min_size
         for size in sizes:
             if min(size.height, size.width) < least:
                 raise ValueError(
-                    f"{size.height}x{size.width} is too small for LPIPS with {options.lpips_backbone}; "
+                    f"{size.height}x{size.width} is too small for LPIPS with {options.backbone}; "
                     f"use at least {least}x{least} (--sizes), or leave --lpips-weights out"
                 )
     if len(models) > 1 and len({model.info.fps for model in models}) > 1 and options.fps is None:
@@ -94,7 +96,7 @@ def _judges(options: VAEOptions, device: torch.device) -> tuple[Judges, list[str
         from sample.weights import load_perceptual
 
         perceptual = load_perceptual(
-            options.lpips_backbone, options.lpips_weights, options.lpips_linear
+            options.backbone, options.lpips_weights, options.lpips_linear
         ).to(device)
     if options.fvd_extractor is None:
         notes.append(
@@ -102,7 +104,7 @@ def _judges(options: VAEOptions, device: torch.device) -> tuple[Judges, list[str
             "(b 3 f h w) in [0, 255] to features (b d)"
         )
     else:
-        extractor = Extractor(options.fvd_extractor, device, pixels=options.fvd_range)
+        extractor = Extractor(options.fvd_extractor, device, pixels=options.pixels)
     return Judges(perceptual, extractor, options.tile, options.blend), notes
 
 
@@ -166,7 +168,8 @@ def _warnings(measured: Measured, size: ClipSize) -> list[str]:
     num, dim = len(measured.clips), measured.features[0].shape[1]
     fewest, where = num, f"{num} clips"
     if len(measured.motion) >= len(GROUPS):
-        fewest = min(map(len, motion_groups(measured.motion)[1].values()))
+        groups = motion_groups(measured.motion)[1].values()
+        fewest = min(len(group) for group in groups if len(group))
         where += f", {fewest} in the smallest group by motion,"
     if fewest > dim:
         return []

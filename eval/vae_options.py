@@ -34,9 +34,9 @@ class VAEOptions:
     batch_size: int | None = None
     lpips_weights: Path | None = None
     lpips_linear: Path | None = None
-    lpips_backbone: str = "vgg16"
+    lpips_backbone: str | None = None  # vgg16
     fvd_extractor: Path | None = None
-    fvd_range: PixelRange = "255"
+    fvd_range: PixelRange | None = None  # "255"
     tile: int | None = None
     overlap: int | None = None
 
@@ -48,6 +48,12 @@ class VAEOptions:
                 f"--lpips-{given} is given without --lpips-{other}; LPIPS needs the classifier's "
                 "weights and its own"
             )
+        if self.lpips_backbone is not None and self.lpips_weights is None:
+            raise ValueError(
+                "--lpips-backbone is of LPIPS; give --lpips-weights and --lpips-linear"
+            )
+        if self.fvd_range is not None and self.fvd_extractor is None:
+            raise ValueError("--fvd-range is of FVD's extractor; give --fvd-extractor too")
         for name in ("frames", "batch_size", "tile"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -76,6 +82,16 @@ class VAEOptions:
             )
 
     @property
+    def backbone(self) -> str:
+        """timm's name of LPIPS's classifier."""
+        return self.lpips_backbone or "vgg16"
+
+    @property
+    def pixels(self) -> PixelRange:
+        """What the extractor takes."""
+        return self.fvd_range or "255"
+
+    @property
     def blend(self) -> int:
         """The overlap of blended tiles: a quarter of one unless said otherwise."""
         return (self.tile or 0) // 4 if self.overlap is None else self.overlap
@@ -100,7 +116,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     Raises:
         ValueError: two are the same.
     """
-    whole = [Path(path).absolute() for path in paths]
+    whole = [Path(path).resolve() for path in paths]
     for path in whole:
         if whole.count(path) > 1:
             raise ValueError(f"{path} is given twice; compare different VAEs")
@@ -153,6 +169,21 @@ def check_size(vaes: Mapping[str, VAE], size: ClipSize) -> None:
             f"{size.height}x{size.width} is smaller than SSIM's window; use at least "
             f"{_SSIM_SIDE}x{_SSIM_SIDE} (--sizes)"
         )
+
+
+def check_tile(vaes: Mapping[str, VAE], size: ClipSize, tile: int) -> None:
+    """Refuses tiles as large as the picture, which would be compared with itself.
+
+    Raises:
+        ValueError: names what is smaller.
+    """
+    for name, vae in vaes.items():
+        largest = max(size.height, size.width) // vae.spatial_factor
+        if tile >= largest:
+            raise ValueError(
+                f"--tile {tile}: clips of {size.height}x{size.width} have at most {largest} latents "
+                f"a side with {name}; use less, or larger --sizes"
+            )
 
 
 def wanted_sizes(options: VAEOptions, info: ModelInfo) -> list[ClipSize]:

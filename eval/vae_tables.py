@@ -67,7 +67,9 @@ def _size_table(results: Mapping[str, Any], size: Mapping[str, Any]) -> Table:
 def _motion_table(results: Mapping[str, Any], size: Mapping[str, Any]) -> Table:
     names, motion = list(results["vaes"]), size["motion"]
     by_group = {
-        group: _rows(scores, names, f", {group}") for group, scores in motion["scores"].items()
+        group: _rows(scores, names, f", {group}")
+        for group, scores in motion["scores"].items()
+        if scores[names[0]]["psnr"]["num"]  # alike clips are in one group, and leave others empty
     }
     rows = [row for same in zip(*by_group.values()) for row in same]
     low, high = (f"{boundary:.3g}" for boundary in motion["boundaries"])
@@ -103,13 +105,13 @@ def protocol(options: VAEOptions, source: Mapping[str, Any]) -> list[str]:
     ]
     if options.lpips_weights is not None:
         lines.append(
-            f"LPIPS: {options.lpips_backbone} from {options.lpips_weights}, weights per channel from "
+            f"LPIPS: {options.backbone} from {options.lpips_weights}, weights per channel from "
             f"{options.lpips_linear}; mean over frames, then over clips"
         )
     if options.fvd_extractor is not None:
         from eval.frechet import NUM_RESAMPLES as FEW
 
-        scale = "[0, 255]" if options.fvd_range == "255" else "[-1, 1]"
+        scale = "[0, 255]" if options.pixels == "255" else "[-1, 1]"
         lines.append(
             f"FVD: Fréchet distance between features of the clips and of their reconstructions, by "
             f"{options.fvd_extractor} from pixels in {scale}; {FEW} resamples"

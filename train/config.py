@@ -113,6 +113,12 @@ class RunConfig(Section):
     def _options_fit_the_recipe(self) -> RunConfig:
         recipe = self.recipe
         if isinstance(recipe, VAERecipeConfig):
+            late = recipe.adversarial
+            if late is not None and late.start_step >= self.train.steps:
+                raise ValueError(
+                    f"recipe.adversarial.start_step={late.start_step} is after the last of "
+                    f"train.steps={self.train.steps}; start earlier, or leave recipe.adversarial out"
+                )
             if self.train.optimizer.kind == "muon":
                 raise ValueError(
                     "train.optimizer.kind=muon is for the matrices of a DiT, and the VAE recipe "

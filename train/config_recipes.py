@@ -84,6 +84,15 @@ class VAERecipeConfig(Section):
 
     _vae_once = field_validator("vae")(given_once)
 
+    @model_validator(mode="after")
+    def _has_something_to_learn(self) -> VAERecipeConfig:
+        if not (self.l1_weight or self.l2_weight or self.perceptual):
+            raise ValueError(
+                "l1_weight and l2_weight are 0 and there is no perceptual loss, so that nothing asks "
+                "for reconstructions; give one of them"
+            )
+        return self
+
 
 class DiTSection(DiTConfig):
     """A DiTConfig without what follows from the VAE and the text encoder."""

@@ -23,7 +23,7 @@ from train.clips import make_loader
 from train.config import RunConfig
 from train.distributed import Ranks
 from train.logs import RunLog, Window, clock, describe, describe_unread
-from train.optim import clip_gradients, schedule_factor, set_lr
+from train.optim import clip_gradients, schedule_factor, step_optimizer
 from train.recipe import Batch, Recipe, TrainData
 from train.setup import (
     build_recipe,
@@ -175,8 +175,7 @@ class Run:
         values.update((group.norm_name, norm) for group, norm in zip(groups, norms))
         if not all(map(math.isfinite, [values["loss"], *norms])):
             self._fail(step, values)
-        set_lr(self.state.optimizer, lr)
-        self.state.optimizer.step()
+        step_optimizer(self.state.optimizer, lr, step)
         self.state.optimizer.zero_grad()
         self.state.ema.update(step)
         self.window.add({**values, "lr": lr}, config.batch_size, time.perf_counter() - begin, wait)

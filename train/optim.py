@@ -32,6 +32,8 @@ def build_optimizer(
     for group in trained:
         lr = {"lr": config.lr * group.lr_ratio, "lr_ratio": group.lr_ratio}
         own: dict[str, Any] = {} if group.lr_ratio == 1 else lr
+        if group.start_step:
+            own["start_step"] = group.start_step
         if group.betas is not None:
             own["betas"] = group.betas
         matrices = [p for p in group.parameters.values() if p.ndim >= 2 and id(p) not in held]
@@ -71,10 +73,24 @@ def schedule_factor(config: ScheduleConfig, step: int, num_steps: int) -> float:
     return warmup * decay
 
 
-def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """The learning rate of all groups, in a group's own ratio where it has one."""
+def step_optimizer(optimizer: Optimizer, lr: float, step: int) -> None:
+    """An update of every group, at its own ratio of the learning rate where it has one.
+
+    A group that starts later stays as it is: neither do its weights decay, nor does Adam count the
+    step, which its bias correction would otherwise take for a step of gradients seen.
+
+    Args:
+        step: of the run, counted from 0.
+    """
+    waiting = [group for group in optimizer.param_groups if step < group.get("start_step", 0)]
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)
+    for group in waiting:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group in waiting:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["step"].zero_()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

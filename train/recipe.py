@@ -27,11 +27,12 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class TrainedGroup:
-    """Parameters in training whose gradients are clipped together; the optimizer's own learning rate
-    and betas, but for what is given here."""
+    """Parameters in training whose gradients are clipped together, from a step of the run on; the
+    optimizer's own learning rate and betas, but for what is given here."""
 
     name: str
     parameters: dict[str, nn.Parameter]
+    start_step: int = 0
     lr_ratio: float = 1.0
     betas: tuple[float, float] | None = None
 

@@ -28,6 +28,7 @@ from train.vae_losses import (
     kl_divergence,
     temporal_difference,
     with_gradient,
+    zero_gradients,
 )
 
 _CHUNK = 16  # clips per forward pass when measuring
@@ -106,10 +107,15 @@ class VAERecipe(Recipe):
         model = load_model(self.options.init, self.weights_device, vae_only=True)
         self._settings, vae = model.file().model_dump_json(include={"vae"}), model.vae
         options = self.config.train
-        if not isinstance(vae, VideoVAE) and (options.compile or options.activation_checkpointing):
+        asked = options.compile, options.activation_checkpointing, self.options.channels_last
+        if not isinstance(vae, VideoVAE) and any(asked):
             raise ValueError(
-                f"recipe.init={self.options.init}: train.compile and train.activation_checkpointing "
-                "know the blocks of our own VAE only; leave them out"
+                f"recipe.init={self.options.init}: train.compile, train.activation_checkpointing and "
+                "recipe.channels_last know our own VAE only; leave them out"
+            )
+        if not all(p.is_meta or p.isfinite().all() for p in vae.parameters()):
+            raise ValueError(
+                f"recipe.init={self.options.init}: has weights that are NaN or infinite"
             )
         return vae.float().requires_grad_(True)
 
@@ -139,7 +145,8 @@ class VAERecipe(Recipe):
         if self.adversarial is not None:
             own = {f"adversarial.{k}": p for k, p in self.adversarial.named_parameters()}
             options = self.adversarial.config
-            groups.append(TrainedGroup("discriminator", own, options.lr_ratio, options.betas))
+            rest = {"lr_ratio": options.lr_ratio, "betas": options.betas}
+            groups.append(TrainedGroup("discriminator", own, start_step=options.start_step, **rest))
         return groups
 
     def frozen(self) -> dict[str, nn.Module]:
@@ -183,6 +190,8 @@ class VAERecipe(Recipe):
         latents = mean + (0.5 * log_variance).exp() * batch["noise"]
         output = self.vae.decode_raw(latents).float()
         losses, values = self._reconstruction(output, video)
+        if not isinstance(self.vae, VideoVAE):  # some have layers that a single frame passes by
+            losses = losses + zero_gradients(self.vae)
         kl = kl_divergence(mean, log_variance) / video[0].numel()
         values["kl"] = kl
         if self.adversarial is None:
@@ -215,7 +224,7 @@ class VAERecipe(Recipe):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses with the discriminator's own, and with its part in the gradient of the output."""
         if not adversarial.has_started(step):
-            return losses + adversarial.idle(), {}
+            return losses + zero_gradients(adversarial), {}
         verdict = adversarial(output, video, step)
         (gradient,) = torch.autograd.grad(losses.sum(), output)
         weight = adversarial.weights(step, gradient, verdict.gradient)

@@ -61,6 +61,12 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], video: Tensor) -> Tens
     return 0.5 * gradient.square().sum(dim=(1, 2, 3, 4))
 
 
+def zero_gradients(module: nn.Module) -> Tensor:
+    """Zero, with the gradient zero for every parameter: one that gets none keeps
+    DistributedDataParallel waiting, and has no state to go on from in a checkpoint."""
+    return torch.stack([p.sum() for p in module.parameters()]).sum() * 0.0
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the discriminator says of a batch: its own loss, and the generator's with its gradient
@@ -87,11 +93,6 @@ class AdversarialLoss(nn.Module):
 
     def has_started(self, step: int) -> bool:
         return step >= self.config.start_step
-
-    def idle(self) -> Tensor:
-        """Zero, with the gradient zero for every parameter: gradients that do not come would keep
-        DistributedDataParallel waiting."""
-        return torch.stack([p.sum() for p in self.discriminator.parameters()]).sum() * 0.0
 
     def forward(self, output: Tensor, video: Tensor, step: int) -> Verdict:
         """The losses of reconstructions against the originals, both (b 3 f h w)."""

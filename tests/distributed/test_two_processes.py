@@ -37,7 +37,7 @@ def test_same_losses_as_one_process(room, torchrun, tmp_path, kind):
     if kind == "gan":
         # Adam divides by a gradient's usual size; where a discriminator's gradients are next to zero at
         # first, that makes rounding errors as large as steps. A larger eps keeps them small.
-        optimizer = {"kind": "adamw", "lr": 2e-3, "eps": 1e-3}
+        optimizer = {"kind": "adamw", "lr": 2e-3, "eps": 3e-2}
         changes["train"] = {**TWENTY["train"], "optimizer": optimizer}
     if kind == "dit":
         changes["recipe"] = {"latent_cache": str(tmp_path / "latents"), "cache_dtype": "float32"}

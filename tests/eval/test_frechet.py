@@ -77,6 +77,8 @@ def test_the_interval_is_around_the_figure_and_repeatable():
         (np.zeros((3, 2)), np.zeros((3, 4)), r"expected \(n d\) and \(m d\)"),
         (np.zeros((1, 2)), np.zeros((3, 2)), "at least 2 rows"),
         (np.full((3, 2), np.nan), np.zeros((3, 2)), "NaN or infinite"),
+        (np.zeros((3, 0)), np.zeros((3, 0)), "without a dimension"),
+        (np.full((3, 2), 1e170), np.zeros((3, 2)), "whose squares overflow"),
     ],
 )
 def test_features_that_do_not_fit_are_refused(x, y, message):

@@ -7,7 +7,7 @@ import torch
 
 from train.config import MuonConfig
 from train.muon import orthogonalise
-from train.optim import build_optimizer, set_lr
+from train.optim import build_optimizer, step_optimizer
 from train.recipe import TrainedGroup
 
 
@@ -54,7 +54,7 @@ def test_block_matrices_take_muons_step_and_the_rest_adams():
 
 def test_learning_rates_keep_their_ratio():
     _, optimizer = build()
-    set_lr(optimizer, 5e-3)
+    step_optimizer(optimizer, 5e-3, step=0)
     assert {round(group["lr"], 9) for group in optimizer.param_groups} == {5e-3, 5e-2}
 
 

@@ -15,7 +15,7 @@ from train.config import AdamWConfig, EMAConfig, ScheduleConfig
 from train.distributed import micro_batch_size
 from train.ema import EMA
 from train.logs import Window, clock, describe, describe_unread
-from train.optim import build_optimizer, clip_gradients, schedule_factor
+from train.optim import build_optimizer, clip_gradients, schedule_factor, step_optimizer
 from train.recipe import TrainedGroup, counted_noise, counted_uniform
 from train.recipe_dit import strata
 
@@ -160,3 +160,23 @@ def test_share_of_bad_files_is_of_this_process():
     assert alone.reasons == dict(bad)
     with pytest.raises(ValueError, match=r"a share of 0\.200"):
         one_of_four.add(bad)
+
+
+def test_a_group_that_starts_later_waits_as_if_the_run_began_then():
+    """Its weights do not decay meanwhile, and its first update is Adam's first, not a later one."""
+
+    def run(start, steps):
+        torch.manual_seed(0)
+        late = nn.Linear(3, 4)
+        group = TrainedGroup("late", dict(late.named_parameters()), start_step=start)
+        config = AdamWConfig(lr=1e-2, weight_decay=0.5, betas=(0.5, 0.999))
+        optimizer = build_optimizer([group], config)
+        for step in range(steps):
+            for parameter in late.parameters():
+                parameter.grad = torch.full_like(parameter, float(step >= start))
+            step_optimizer(optimizer, 1e-2, step)
+        return [p.detach() for p in late.parameters()]
+
+    fresh = run(0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(run(50, 50), fresh))
+    assert all(torch.equal(a, b) for a, b in zip(run(50, 53), run(0, 3)))

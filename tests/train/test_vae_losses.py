@@ -16,6 +16,7 @@ from train.vae_losses import (
     r1_penalty,
     temporal_difference,
     with_gradient,
+    zero_gradients,
 )
 
 TINY = {"width": 4, "num_layers": 2}
@@ -148,7 +149,7 @@ def test_it_starts_late_and_grows():
     gradient = torch.ones(1, 3, 1, 2, 2)
     shares = [loss.weights(step, gradient, gradient).item() for step in range(10, 16)]
     assert shares == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    loss.idle().backward()
+    zero_gradients(loss).backward()
     assert all(p.grad is not None and p.grad.abs().max() == 0 for p in loss.parameters())
 
 
