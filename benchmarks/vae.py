@@ -166,6 +166,7 @@ def raw_decode(net: Any, latents: Tensor) -> Tensor:
 def train_for(net: nn.Module, clips: Tensor, seconds: float, lr: float, batch: int) -> int:
     """The demo's losses for a stretch of time, with the demo's schedule over it; steps taken."""
     from data.video import to_float
+    from train.vae_losses import kl_divergence
 
     net.requires_grad_(True)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=1e-4)
@@ -179,7 +180,7 @@ def train_for(net: nn.Module, clips: Tensor, seconds: float, lr: float, batch: i
             noise = torch.randn(mean.shape, generator=order)
             output = raw_decode(net, mean + (0.5 * log_variance).exp() * noise).float()
         error = output - video
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum() / video.numel()
+        kl = kl_divergence(mean, log_variance).sum() / video.numel()
         loss = 0.2 * error.abs().mean() + error.square().mean() + 1e-5 * kl
         optimizer.zero_grad()
         loss.backward()

@@ -70,18 +70,17 @@ class DiffusersVAE(VAE):
         return self.config.factors[1]
 
     @property
-    def frame_step(self) -> int:
-        """Clips have 1 + k times as many frames."""
-        return self.temporal_factor
-
-    @property
     def latent_mean(self) -> Tensor:
         """(c,), on the device of the weights."""
-        return torch.tensor(self.config.statistics[0], device=self.model.device)
+        return self._statistics(0)
 
     @property
     def latent_std(self) -> Tensor:
-        return torch.tensor(self.config.statistics[1], device=self.model.device)
+        return self._statistics(1)
+
+    def _statistics(self, which: int) -> Tensor:
+        assert self.config.statistics is not None
+        return torch.tensor(self.config.statistics[which], device=self.model.device)
 
     def moments(self, video: Tensor, stream: Stream | None = None) -> tuple[Tensor, Tensor]:
         f, h, w = video.shape[2:]
@@ -205,14 +204,6 @@ class CogVideoXVAE(DiffusersVAE):
             "CogVideoXVAE normalises over groups of frames, so chunks give another result than the "
             "whole clip, which goes through group by group anyway; leave the chunk out"
         )
-
-    def latent_shape(self, f: int, h: int, w: int) -> tuple[int, int, int, int]:
-        step = self.frame_step
-        if f < 1 or (f - 1) % step:
-            below = max(1, (f - 1) // step * step + 1)
-            fitting = f"use {below + step} or {below}" if f > 1 else "use 1"
-            raise ValueError(f"frames={f} does not fit the VAE: it needs {step}*k+1; {fitting}")
-        return super().latent_shape(f, h, w)
 
     def _decode_whole(self, latents: Tensor) -> Tensor:
         if latents.shape[2] % self.model.num_latent_frames_batch_size != 1:

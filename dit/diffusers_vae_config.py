@@ -6,6 +6,7 @@ value for, or don't compute with, have that one value here.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -22,7 +23,7 @@ Flags = Annotated[tuple[bool, ...], Field(max_length=16)]
 Epsilon = Annotated[float, Field(gt=0, lt=1)]
 
 
-class DiffusersVAEConfig(BaseModel):
+class DiffusersVAEConfig(BaseModel, ABC):
     """The settings of one of diffusers' VAEs, and what follows from them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -31,19 +32,19 @@ class DiffusersVAEConfig(BaseModel):
     own: ClassVar[frozenset[str]] = frozenset({"kind"})  # fields that diffusers does not have
 
     @property
+    @abstractmethod
     def channels(self) -> int:
         """Of the latents."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def factors(self) -> tuple[int, int]:
         """Frames of a latent frame, rows and columns of a latent pixel."""
-        raise NotImplementedError
 
     @property
-    def statistics(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Mean and standard deviation of the latents, per channel."""
-        raise NotImplementedError
+    def statistics(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        """Mean and standard deviation of the latents, per channel; None where the weights have them."""
+        return None
 
     def settings(self) -> dict[str, Any]:
         """What diffusers' class is made with."""

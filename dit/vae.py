@@ -219,6 +219,11 @@ class VAE(nn.Module, ABC):
     def spatial_factor(self) -> int: ...
 
     @property
+    def frame_step(self) -> int:
+        """Clips have 1 + k times as many frames."""
+        return self.temporal_factor
+
+    @property
     def halos(self) -> tuple[int, int] | None:
         """Latent pixels around a tile that encoder and decoder depend on; None: on all."""
         return None
@@ -277,11 +282,11 @@ class VAE(nn.Module, ABC):
         Raises:
             ValueError: the VAE cannot make such a clip; names the nearest sizes that fit.
         """
-        ft, fs = self.temporal_factor, self.spatial_factor
-        if f < 1 or (f - 1) % ft:
-            below = max(1, (f - 1) // ft * ft + 1)
-            fitting = f"use {below + ft} or {below}" if f > 1 else "use 1"
-            raise ValueError(f"frames={f} does not fit the VAE: it needs {ft}*k+1; {fitting}")
+        step, fs = self.frame_step, self.spatial_factor
+        if f < 1 or (f - 1) % step:
+            below = max(1, (f - 1) // step * step + 1)
+            fitting = f"use {below + step} or {below}" if f > 1 else "use 1"
+            raise ValueError(f"frames={f} does not fit the VAE: it needs {step}*k+1; {fitting}")
         for name, size in (("height", h), ("width", w)):
             if size < fs or size % fs:
                 below = size // fs * fs
@@ -289,7 +294,7 @@ class VAE(nn.Module, ABC):
                 raise ValueError(
                     f"{name}={size} does not fit the VAE: it needs a multiple of {fs}; use {fitting}"
                 )
-        return self.latent_channels, 1 + (f - 1) // ft, h // fs, w // fs
+        return self.latent_channels, 1 + (f - 1) // self.temporal_factor, h // fs, w // fs
 
     def chunk_shape(
         self, f: int, h: int, w: int, stream: Stream | None

@@ -129,17 +129,20 @@ def decode_in_parts(
     return out
 
 
-def blend_psnr(vae: VAE, latents: Tensor, *, tile: int, overlap: int) -> Tensor:
+def blend_psnr(
+    vae: VAE, latents: Tensor, *, tile: int, overlap: int, whole: Tensor | None = None
+) -> Tensor:
     """How close blended tiles come to the whole: PSNR in dB per clip (b,), of decoded video in
     [-1, 1]; infinite where they are equal.
 
     Args:
         latents: normalised, (b c f h w); tile, overlap: see `encode_in_parts`.
+        whole: what `VAE.decode` makes of the latents, if that is known already.
     """
-    whole = vae.decode(latents).float().clamp(-1, 1)
-    blended = decode_in_parts(vae, latents, tile=tile, overlap=overlap).float().clamp(-1, 1)
-    error = (blended - whole).square().flatten(1).mean(1)
-    return -10 * torch.log10(error / 4)
+    whole = vae.decode(latents) if whole is None else whole
+    blended = decode_in_parts(vae, latents, tile=tile, overlap=overlap)
+    error = blended.float().clamp(-1, 1) - whole.float().clamp(-1, 1)
+    return -10 * torch.log10(error.square().flatten(1).mean(1).double() / 4)
 
 
 def _halo(

@@ -128,6 +128,8 @@ def _measure_batch(
     judges: Judges,
     first: int,
 ) -> None:
+    from dit.vae_parts import blend_psnr
+
     with full_precision():
         video = as_video(originals, next(vae.parameters()).device)
         latents, output = round_trip(vae, video)
@@ -140,7 +142,9 @@ def _measure_batch(
         if judges.perceptual is not None:
             column.add("lpips", lpips(judges.perceptual, video, as_video(restored, video.device)))
         if judges.tile is not None:
-            column.add("blend_psnr", _blend_psnr(vae, latents, output, judges.tile, judges.overlap))
+            parts = {"tile": judges.tile, "overlap": judges.overlap}
+            found = blend_psnr(vae, latents, **parts, whole=output).tolist()
+            column.add("blend_psnr", (min(value, MAX_PSNR) for value in found))
     if judges.extractor is not None:
         column.features.append(judges.extractor(restored))
 
@@ -155,17 +159,6 @@ def lpips(perceptual: PerceptualDistance, first: Tensor, second: Tensor) -> list
     step = max(1, _FRAMES_PIXELS // (h * w))
     pieces = [perceptual(a, b) for a, b in zip(*(each.split(step) for each in frames))]
     return rearrange(torch.cat(pieces).double(), "(b f) -> b f", f=f).mean(1).tolist()
-
-
-def _blend_psnr(vae: VAE, latents: Tensor, whole: Tensor, tile: int, overlap: int) -> list[float]:
-    """PSNR in dB, per clip, of blended tiles against the whole, as `dit.vae_parts.blend_psnr`; the
-    whole has been decoded already."""
-    from dit.vae_parts import decode_in_parts
-
-    blended = decode_in_parts(vae, latents, tile=tile, overlap=overlap)
-    error = (blended.clamp(-1, 1) - whole.clamp(-1, 1)).square().flatten(1).mean(1).double()
-    decibels = [math.inf if e == 0 else 10 * math.log10(4 / e) for e in error.tolist()]
-    return [min(value, MAX_PSNR) for value in decibels]
 
 
 def estimates(measured: Measured, kept: np.ndarray | None = None) -> dict[str, dict[str, Estimate]]:

@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 
 from train.distributed import Ranks
 from train.ema import EMA
+from train.recipe import TrainedGroup
 
 # What reading a checkpoint raises when a file of it is missing, empty, cut short or overwritten.
 _DAMAGES = (
@@ -53,6 +54,7 @@ class TrainState:
 
     recipe: nn.Module
     trained: dict[str, nn.Parameter]
+    groups: list[TrainedGroup]  # the same parameters, as they are clipped and updated
     optimizer: Optimizer
     ema: EMA
 

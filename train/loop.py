@@ -167,7 +167,7 @@ class Run:
         config, begin = self.config.train, time.perf_counter()
         lr = config.optimizer.lr * schedule_factor(config.schedule, step, config.steps)
         names, totals, wait = self._accumulate(step, loader, stop)
-        groups = self.recipe.groups()
+        groups = self.state.groups
         norms = [clip_gradients(group.parameters.values(), config.grad_clip) for group in groups]
         figures = torch.cat([totals, *(norm.double().view(1) for norm in norms)]).tolist()
         values = {name: total / config.batch_size for name, total in zip(names, figures)}

@@ -81,7 +81,8 @@ def fresh_state(recipe: Recipe, config: TrainConfig) -> TrainState:
     """The state before the first step."""
     groups = recipe.groups()
     optimizer = build_optimizer(groups, config.optimizer, recipe.blocks())
-    return TrainState(recipe, recipe.trained(), optimizer, EMA(groups[0].parameters, config.ema))
+    ema = EMA(groups[0].parameters, config.ema)
+    return TrainState(recipe, recipe.trained(), groups, optimizer, ema)
 
 
 def checkpoint_activations(recipe: Recipe) -> None:
