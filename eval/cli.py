@@ -187,6 +187,8 @@ def evaluate(
     else:
         _refuse(of_vaes, Suite.vae)
         results, text = _world_suite(model, settings, avoid, device)
+    if int(os.environ.get("RANK", 0)):  # under torchrun one process speaks for all
+        return
     typer.echo(text)
     if output is not None:
         write_json(output, {"model": str(model), **results})
@@ -256,6 +258,7 @@ def _world_results(
     from tqdm import tqdm
 
     from eval.world_suite import run_world_suite, score_manifest
+    from sample import processes
 
     listed = model if model.is_file() else model / "manifest.jsonl"
     if listed.is_file() and not (model / "model.yaml").is_file():
@@ -266,9 +269,14 @@ def _world_results(
 
     from sample.pipeline import TextToVideo
 
-    pipeline = TextToVideo.from_folder(model, device)
-    with tqdm(total=3 * settings.num, unit="clip") as bar:
-        run = run_world_suite(pipeline, settings, avoid=_captions(avoid), progress=_shown_on(bar))
+    ranks = processes.start(device or "auto", None)
+    pipeline = TextToVideo.from_folder(model, device if ranks.mesh is None else ranks.device)
+    done = _captions(avoid)
+    with tqdm(total=3 * settings.num, unit="clip", disable=not ranks.is_main) as bar:
+        run = run_world_suite(
+            pipeline, settings, avoid=done, progress=_shown_on(bar), ranks=ranks
+        )
+    processes.stop()
     return run.results
 
 

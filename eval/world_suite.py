@@ -29,6 +29,7 @@ from eval.world_scores import ClipScore, chance, score_clip, summarise
 if TYPE_CHECKING:
     from dit.samplers import SamplerName
     from sample.pipeline import TextToVideo
+    from sample.processes import Ranks
 
 _WORDINGS = 200  # tries for a prompt that is not among those to avoid
 
@@ -144,10 +145,14 @@ def generate(
     prompts: Sequence[str],
     settings: WorldSettings,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> list[np.ndarray]:
     """One clip per prompt, uint8 (f h w 3), at the size the model was trained on.
 
     Sample i has the seed stream_seed(seed, "eval", i), so it does not depend on the batch size.
+
+    Args:
+        ranks: deals the batches out to several processes; each of them returns all clips.
     """
     options: dict[str, Any] = {
         "steps": settings.steps,
@@ -155,15 +160,20 @@ def generate(
         "sampler": settings.sampler,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    clips: list[np.ndarray] = []
-    for first in range(0, len(prompts), settings.batch_size):
+    clips: dict[int, list[np.ndarray]] = {}
+    starts = range(0, len(prompts), settings.batch_size)
+    if ranks is not None:
+        starts = starts[ranks.rank :: ranks.world_size]
+    for first in starts:
         batch = list(prompts[first : first + settings.batch_size])
         seeds = [stream_seed(settings.seed, "eval", first + i) for i in range(len(batch))]
         video = to_uint8(pipeline(batch, seeds=seeds, **options))
-        clips += list(video.permute(0, 2, 3, 4, 1).contiguous().numpy())
+        clips[first] = list(video.permute(0, 2, 3, 4, 1).contiguous().numpy())
         if progress is not None:
             progress("generated", len(batch))
-    return clips
+    parts = [clips] if ranks is None else ranks.gather(clips)
+    every = {first: batch for part in parts for first, batch in part.items()}
+    return [clip for first in sorted(every) for clip in every[first]]
 
 
 def run_world_suite(
@@ -172,19 +182,21 @@ def run_world_suite(
     *,
     avoid: Collection[str] = (),
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> WorldRun:
     """Generate, track and score, beside real clips and VAE reconstructions of the same scenes.
 
     Args:
         avoid: captions that no prompt may equal, such as those trained on.
         progress: called with a column's name and the number of clips just done there.
+        ranks: shares the generating out among processes, each of which gets the result.
     Raises:
         ValueError: what `eval_scenes`, the pipeline or the VAE refuse.
     """
     info = pipeline.info
     size = {"height": info.height, "width": info.width, "num_frames": info.num_frames}
     scenes, prompts = eval_scenes(settings, avoid=avoid, fps=info.fps, **size)
-    videos = generate(pipeline, prompts, settings, progress)
+    videos = generate(pipeline, prompts, settings, progress, ranks)
     real = real_clips(scenes, progress)
     restored = reconstruct(
         pipeline.vae,

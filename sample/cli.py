@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from dit.guidance import GuidanceConfig
     from sample.pipeline import TextToVideo
+    from sample.processes import Ranks
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -195,6 +196,7 @@ def _generate(
     pipeline: "TextToVideo",
     texts: Sequence[str],
     paths: Sequence[Path],
+    ranks: "Ranks",
     *,
     batch: int,
     seed: int,
@@ -202,36 +204,46 @@ def _generate(
     keep: bool,
     options: dict[str, Any],
 ) -> list[Any]:
-    """Samples batch by batch and writes each video; gives the clips, uint8 (f h w 3), to keep."""
+    """Samples batch by batch and writes each video; gives the clips, uint8 (f h w 3), to keep.
+
+    Batches are dealt out to the processes; of those that share one, the first decodes and writes.
+    """
     from tqdm import tqdm
 
     from data.video import to_uint8, write_video
 
-    clips, evaluated, skipped = [], 0, 0
+    clips: dict[int, Any] = {}
+    evaluated = skipped = 0
     steps, fps = options["steps"] or pipeline.sampling.steps, pipeline.info.fps
-    with tqdm(total=len(texts) * steps, desc="sampling", unit="step") as bar:
-        for start in range(0, len(texts), batch):
+    writes = ranks.rank % ranks.context == 0
+    batch = min(batch, -(-len(texts) // ranks.num_data_ranks))
+    starts = range(0, len(texts), batch)[ranks.data_rank :: ranks.num_data_ranks]
+    total = sum(len(texts[start : start + batch]) for start in starts) * steps
+    with tqdm(total=total, desc="sampling", unit="step", disable=not ranks.is_main) as bar:
+        for start in starts:
             chunk = texts[start : start + batch]
             videos = pipeline(
                 chunk,
                 seeds=range(seed + start, seed + start + len(chunk)),
                 progress=partial(_advance, bar, len(chunk)),
+                output="video" if writes else "latents",
                 **options,
             )
             evaluated += pipeline.work.num_evaluations
             skipped += pipeline.work.num_skipped
-            for path, video in zip(paths[start:], videos):
+            for index, video in enumerate(videos if writes else (), start):
                 clip = to_uint8(video).permute(1, 2, 3, 0).numpy()
-                write_video(path, clip, fps=fps)
+                write_video(paths[index], clip, fps=fps)
                 if gif:
-                    write_gif(path.with_suffix(".gif"), clip, fps)
+                    write_gif(paths[index].with_suffix(".gif"), clip, fps)
                 if keep:
-                    clips.append(clip)
-    if options["reuse"] is not None:
+                    clips[index] = clip
+    if options["reuse"] is not None and ranks.is_main:
         typer.echo(
             f"reuse: {skipped} of {evaluated} evaluations skipped all blocks but one", err=True
         )
-    return clips
+    every = {index: clip for part in ranks.gather(clips) for index, clip in part.items()}
+    return [every[index] for index in sorted(every)]
 
 
 def sample(
@@ -300,25 +312,36 @@ def sample(
     compile_blocks: Annotated[
         bool, typer.Option("--compile", help="Compile the DiT; pays for long or many videos.")
     ] = False,
+    context: Annotated[
+        int, typer.Option(help="Under torchrun: processes that share a video's tokens.")
+    ] = 1,
 ) -> None:
-    """Sample videos from text."""
+    """Sample videos from text; under torchrun its processes share them out."""
     texts = _check(prompt, prompts, num, batch_size, sheet)
+    if context != 1 and reuse is not None:
+        raise ValueError(f"--reuse works on whole clips, and --context {context} splits them")
     paths = output_paths(output, len(texts), gif)
 
     from data.video import parse_size
+    from sample import processes
     from sample.lora import parse_lora
     from sample.pipeline import MAX_BATCH_CELLS, TextToVideo
 
     height, width = (None, None) if size is None else parse_size(size)
     loras, loras_low = ([parse_lora(text) for text in given or ()] for given in (lora, lora_low))
+    ranks = processes.start(device or "auto", None, context=context)
     pipeline = TextToVideo.from_folder(
         model,
-        device,
+        device if ranks.mesh is None else ranks.device,
         dtype=_dtype(dtype),
         compile_blocks=compile_blocks,
         lora=loras,
         lora_low=loras_low,
     )
+    if context > 1:
+        from sample.context import share
+
+        share(pipeline.experts, ranks)
     info = pipeline.info
     frames = info.num_frames if frames is None else frames
     height, width = height or info.height, width or info.width
@@ -354,12 +377,16 @@ def sample(
         pipeline,
         texts,
         paths,
+        ranks,
         batch=batch,
         seed=seed,
         gif=gif,
         keep=sheet is not None,
         options=options,
     )
+    processes.stop()
+    if not ranks.is_main:
+        return
     if sheet is not None:
         from sample.sheet import contact_sheet
 

@@ -163,14 +163,22 @@ def write_model_file(folder: Path, contents: ModelFile) -> None:
     (folder / "model.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
 
-def save_model(folder: str | os.PathLike[str], model: Model) -> None:
-    """Writes a model folder beside the old one, then takes its place."""
+def save_model(folder: str | os.PathLike[str], model: Model, *, write: bool = True) -> None:
+    """Writes a model folder beside the old one, then takes its place.
+
+    Args:
+        write: False on all ranks but one, where weights are spread over several: they take part in
+            gathering them.
+    """
     folder = Path(folder)
     fresh, old = folder.with_name(f".{folder.name}.new"), _set_aside(folder)
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    if write:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
     for name, part in model.parts().items():
-        save_part(part, fresh, name)
+        save_part(part, fresh if write else None, name)
+    if not write:
+        return
     if isinstance(model.text, UMT5Encoder):
         model.text.tokenizer.save_pretrained(fresh / "tokenizer")
     write_model_file(fresh, model.file())

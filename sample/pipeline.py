@@ -7,10 +7,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.randomness import generator
 from dit.grids import GridConfig
@@ -22,6 +22,7 @@ from dit.vae_parts import decode_in_parts
 from sample.lora import GivenLoRAs, add_loras, as_loras
 from sample.model import Model, load_model
 
+Module = TypeVar("Module", bound=nn.Module)
 MAX_BATCH_CELLS = 64 * 9 * 32 * 32  # pixels of a batch, above which callers split it
 DECODED_PIXELS = 2**22  # at once, where a VAE can work in parts
 _MAX_CACHED_TEXTS = 64  # 8 MB each for Wan's text encoder
@@ -89,6 +90,14 @@ def latent_shape(
     return shape
 
 
+def _moved(module: Module, device: torch.device) -> Module:
+    """The module on a device; untouched if it is there, as `to` has FSDP give up gathered weights."""
+    here = {parameter.device for parameter in module.parameters()}
+    if all(d.type == device.type and device.index in (None, d.index) for d in here):
+        return module
+    return module.to(device)
+
+
 @dataclass(frozen=True)
 class Work:
     """What a call cost: clips that a DiT was asked about, and how often feature reuse answered."""
@@ -121,12 +130,12 @@ class TextToVideo:
         self.device, self.dtype = pick_device(device), dtype
         self.info, self.objective, self.sampling = model.info, model.objective, model.sampling
         self.vae = model.vae.float().to(self.device)
-        self.text = model.text.to(self.device)
-        self.dit = model.dit.to(self.device)
+        self.text = _moved(model.text, self.device)
+        self.dit = _moved(model.dit, self.device)
         self.experts = [self.dit]  # by falling noise level
         self.expert_boundary = model.expert_boundary
         if model.dit_low_noise is not None:
-            self.experts.append(model.dit_low_noise.to(self.device))
+            self.experts.append(_moved(model.dit_low_noise, self.device))
         if compile_blocks:
             quiet_compiler(self.device)
             for expert in self.experts:

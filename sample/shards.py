@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sample.processes import whole
+
 MAX_SHARD_BYTES = 5 * 1024**3
 CHUNK_BYTES = 8 * 1024**2  # copied at once
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -223,16 +225,28 @@ def _groups(weights: dict[str, Tensor], max_bytes: int) -> Iterator[dict[str, Te
     yield group
 
 
-def save_part(part: nn.Module, folder: Path, stem: str, max_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Writes a network's weights, in shards of at most max_bytes; one shard is in memory at a time."""
+def save_part(
+    part: nn.Module, folder: Path | None, stem: str, max_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes a network's weights, in shards of at most max_bytes; one shard is in memory at a time.
+
+    Args:
+        folder: None to take part in gathering weights that are spread over ranks, and no more.
+    """
     groups = list(_groups(part.state_dict(), max_bytes))
     files: dict[str, list[str]] = {}
     for i, group in enumerate(groups):
         name = shard_name(stem, i, len(groups))
-        weights = {k: v.detach().cpu().contiguous() for k, v in group.items()}
-        save_tensors(weights, folder / name, {"format": "pt"})
-        files[name] = list(weights)
-    _write_index(folder, stem, files, sum(v.nbytes for group in groups for v in group.values()))
+        weights = {}
+        for key, value in group.items():
+            tensor = whole(value.detach())
+            if folder is not None:
+                weights[key] = tensor.cpu().contiguous()
+        if folder is not None:
+            save_tensors(weights, folder / name, {"format": "pt"})
+        files[name] = list(group)
+    if folder is not None:
+        _write_index(folder, stem, files, sum(v.nbytes for group in groups for v in group.values()))
 
 
 def load_part(

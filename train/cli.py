@@ -47,8 +47,14 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the run would be and cost, and stop.")
     ] = False,
+    profile: Annotated[
+        str | None, typer.Option(metavar="FIRST:LAST", help="Record a trace of these steps.")
+    ] = None,
 ) -> None:
-    """Train a VAE or a DiT; the same command again goes on where it stopped."""
+    """Train a VAE or a DiT; the same command again goes on where it stopped.
+
+    Ends with 75 where a SIGTERM or SIGUSR1 stopped it, so that a scheduler starts it again.
+    """
     from train.config_file import load_config
 
     run = load_config(config, overrides or [])
@@ -59,16 +65,29 @@ def train(
             typer.echo(plan(run))
         return
     from train.loop import train as run_training
+    from train.profiling import parse_steps
+    from train.stopping import EXIT_REQUEUE, PREEMPTIONS
 
-    run_training(run)
+    steps = None if profile is None else parse_steps(profile)
+    for number in PREEMPTIONS:  # for as long as there is nothing to save
+        _exit_on(number, EXIT_REQUEUE)
+    run_training(run, steps)
 
 
 def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def _exit_on(number: int, code: int) -> None:
+    """Has a signal act as Ctrl-C does: files are closed and worker processes stopped. Training sets
+    handlers of its own, once there is something to save."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(number, lambda *_: sys.exit(code))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0, 2 after a mistake named in one line, 130 after Ctrl-C.
+    """Runs a command and exits: 0, 2 after a mistake named in one line, 130 after Ctrl-C, 75 for a
+    run that wants to be started again.
 
     ZOETROPE_TRACEBACK=1 shows where an error came from.
     """
@@ -77,9 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # that never spin cost a third of the speed of small models (docs/benchmarks.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    if threading.current_thread() is threading.main_thread():
-        # As Ctrl-C: files are closed and worker processes stopped. Training sets a handler of its own.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    _exit_on(signal.SIGTERM, 128 + signal.SIGTERM)
     command = typer.main.get_command(app)
     try:
         code = command.main(args=arguments, prog_name="zoetrope", standalone_mode=False)

@@ -21,6 +21,7 @@ from data.video import VideoReadError, read_clip
 from train.config import RunConfig
 from train.config_data import DataConfig
 from train.distributed import Ranks
+from train.stopping import STOPS
 
 _log = logging.getLogger(__name__)
 
@@ -142,8 +143,8 @@ def read_rows(
 def make_loader(
     dataset: Dataset[Any], config: RunConfig, ranks: Ranks, start_step: int
 ) -> DataLoader[Any]:
-    """Endless micro-batches of this rank, from step `start_step` on; the main rank logs which
-    rows its buckets leave out.
+    """Endless micro-batches of this rank, and of those that share its samples, from step `start_step`
+    on; the main rank logs which rows its buckets leave out.
 
     The dataset has a `collate` of its own.
     """
@@ -152,7 +153,11 @@ def make_loader(
             if bucket.left_out():
                 _log.warning("%s", bucket.left_out())
     sampler = StepSampler(
-        config.train.batch_size, config.train.grad_accum, ranks.rank, ranks.world_size, start_step
+        config.train.batch_size,
+        config.train.grad_accum,
+        ranks.data_rank,
+        ranks.num_data_ranks,
+        start_step,
     )
     return DataLoader(
         dataset,
@@ -166,9 +171,9 @@ def make_loader(
 
 
 def _ignore_signals(worker: int) -> None:
-    """Leaves Ctrl-C and SIGTERM, which reach a whole process group, to the training process: it
+    """Leaves signals that stop a run, and reach a whole process group, to the training process: it
     finishes its step first, and needs its loader for that."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -53,6 +53,28 @@ class ScheduleConfig(Section):
 class EMAConfig(Section):
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.999  # 0 is the weights themselves
     warmup: bool = True  # min(decay, (1 + n) / (10 + n)) after n steps
+    offload: bool = False  # keep the averages in the CPU's memory: less on the GPU, a slower step
+
+
+class ParallelConfig(Section):
+    """How the processes that torchrun starts share the work: replicas x shard x context of them.
+
+    Weights, gradients, optimizer and EMA are spread over shard x context neighbouring processes;
+    `context` of those share one batch, each with a part of every clip's tokens.
+    """
+
+    shard: PositiveInt | Literal["auto"] = 1  # auto: all processes, one replica
+    context: PositiveInt = 1
+    context_method: Literal["auto", "ulysses", "gather"] = "auto"  # auto: ulysses if heads divide
+
+
+class SpikeConfig(Section):
+    """Steps to leave out: those whose gradient norm is `factor` times the median of the last `window`
+    steps', once there are so many."""
+
+    factor: Annotated[float, Field(gt=1)]
+    window: Annotated[int, Field(ge=2)] = 100
+    max_skips: PositiveInt = 20  # in a row, after which the run stops
 
 
 class TrainConfig(Section):
@@ -64,10 +86,16 @@ class TrainConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig = EMAConfig()
     grad_clip: PositiveFloat = 1.0  # global norm
+    skip_spikes: SpikeConfig | None = None
     checkpoint_interval: PositiveInt = 1000
-    keep_checkpoints: PositiveInt = 2
+    async_checkpoints: bool = True  # write while training goes on
+    keep_checkpoints: PositiveInt = 2  # the last so many
+    keep_every: PositiveInt | None = None  # and those of every so many steps
+    stall_timeout: PositiveFloat = 1800.0  # seconds without a step after which the slow rank is named
     compile: bool | Literal["auto"] = False  # torch.compile by block; auto: where it works
-    activation_checkpointing: bool = False  # compute blocks anew in the backward pass: less memory
+    # What a backward pass computes anew, for less memory: blocks, or in them all but products.
+    activation_checkpointing: Literal["none", "block", "selective"] = "none"
+    parallel: ParallelConfig = ParallelConfig()
     threads: PositiveInt | Literal["auto"] = "auto"  # per process; auto is cores / local processes
 
 
@@ -84,6 +112,8 @@ class LoggingConfig(Section):
     prompts: tuple[str, ...] = ()  # else the first captions of the validation clips
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online if logged in
     project: str = "zoetrope"
+    # Of one process in matrix products, for the log's MFU; by default that of the GPU, if known.
+    peak_tflops: PositiveFloat | None = None
 
 
 RecipeConfig = Annotated[VAERecipeConfig | DiTRecipeConfig, Field(discriminator="kind")]
@@ -156,7 +186,13 @@ FREE_TO_CHANGE = (
     "data.max_bad_share",
     "train.threads",
     "train.checkpoint_interval",
+    "train.async_checkpoints",
     "train.keep_checkpoints",
+    "train.keep_every",
+    "train.stall_timeout",
+    "train.activation_checkpointing",
+    "train.parallel",
+    "train.ema.offload",
 )
 
 

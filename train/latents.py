@@ -28,10 +28,10 @@ from data.manifest import Manifest
 from data.randomness import numpy_generator, permuted_index
 from data.video import VideoReadError, to_float
 from dit.vae import VAE
+from sample.processes import Ranks
 from sample.shards import save_tensors
 from train.clips import read_row
 from train.config_data import DataConfig
-from train.distributed import Ranks
 
 SHARD_ROWS = 256
 _BATCH = 16
@@ -280,6 +280,7 @@ class CachedLatents(Dataset[Any]):
             "mean": tensors["mean"][place],
             "std": tensors["std"][place],
             "caption": captions[choice],
+            "row": row,
             "g": g,
         }
 
@@ -288,5 +289,6 @@ class CachedLatents(Dataset[Any]):
             "mean": torch.stack([item["mean"] for item in items]),
             "std": torch.stack([item["std"] for item in items]),
             "captions": [item["caption"] for item in items],
+            "rows": [item["row"] for item in items],
             "g": [item["g"] for item in items],
         }

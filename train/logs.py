@@ -21,8 +21,30 @@ from data.video import write_video
 from train.config import RunConfig
 from train.distributed import Ranks
 
-# Fields of a log.jsonl row that depend on the clock; all others are the same on every repetition.
-TIME_FIELDS = ("seconds", "samples_per_second", "data_wait_share")
+# Fields of a log.jsonl row that depend on the machine and its clock; all others are the same on every
+# repetition.
+TIME_FIELDS = (
+    "seconds",
+    "samples_per_second",
+    "samples_per_second_per_process",
+    "tokens_per_second_per_process",
+    "data_wait_share",
+    "mfu",
+    "peak_memory_gb",
+    "checkpoint_seconds",
+    "checkpoint_write_seconds",
+    "slowest_rank",
+    "slowest_rank_seconds",
+    "fastest_rank",
+    "fastest_rank_seconds",
+)
+
+
+def panel(name: str) -> str:
+    """What wandb calls a figure; it groups them by what is before the first slash."""
+    if "/" in name:
+        return name
+    return f"perf/{name}" if name in (*TIME_FIELDS, "peak_tflops") else f"train/{name}"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -70,7 +92,8 @@ class RunLog:
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        self._mirror(lambda: self._wandb.log(values, step=step))
+        shown = {panel(name): value for name, value in values.items()}
+        self._mirror(lambda: self._wandb.log(shown, step=step))
 
     def videos(self, step: int, videos: dict[str, Tensor]) -> None:
         """Writes uint8 videos (3 f h w) as samples/step-00001000/NAME.mp4."""
@@ -99,7 +122,7 @@ class RunLog:
             import wandb
 
             shown = {
-                name: wandb.Histogram(value.float().cpu().numpy())  # type: ignore[arg-type]
+                f"val/{name}": wandb.Histogram(value.float().cpu().numpy())  # type: ignore[arg-type]
                 for name, value in values().items()
             }
             self._wandb.log(shown, step=step)
@@ -198,6 +221,9 @@ class Window:
         return row
 
 
+_ENDS = ("fastest", "slowest")
+
+
 def describe(step: int, num_steps: int, row: dict[str, float]) -> str:
     """The line of one row; `left` is the time that the remaining steps need at this speed."""
     shown = [f"step {step:>{len(str(num_steps))}}/{num_steps}"]
@@ -207,7 +233,21 @@ def describe(step: int, num_steps: int, row: dict[str, float]) -> str:
     shown.append(f"lr {row['lr']:.2e}")
     speed = row["samples_per_second"]
     shown.append(f"{speed:.0f} samples/s" if speed >= 10 else f"{speed:.2g} samples/s")
+    if "tokens_per_second_per_process" in row:
+        shown.append(f"{row['tokens_per_second_per_process']:,.0f} tokens/s per process")
+    if "mfu" in row:
+        shown.append(f"MFU {100 * row['mfu']:.1f}% of {row['peak_tflops']:g} TFLOP/s")
     shown.append(f"data wait {100 * row['data_wait_share']:.0f}%")
+    if "peak_memory_gb" in row:
+        shown.append(f"memory {row['peak_memory_gb']:.3g} GB")
+    if row.get("checkpoint_seconds"):
+        writing = row["checkpoint_write_seconds"]
+        shown.append(f"checkpoint {row['checkpoint_seconds']:.2g} s (written in {writing:.2g} s)")
+    if row.get("slowest_rank") != row.get("fastest_rank"):
+        ends = (
+            f"{row[f'{end}_rank_seconds']:.3g} s (rank {row[f'{end}_rank']:.0f})" for end in _ENDS
+        )
+        shown.append(f"own work {' to '.join(ends)}")
     return "  ".join(shown)
 
 

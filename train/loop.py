@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import math
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
+from itertools import islice
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from data.buckets import Size
 from data.dataset import BadFiles
-from train import checkpoint, distributed
+from sample import processes
+from sample.processes import Ranks
+from train.agreement import check_disjoint, check_program, check_same
+from train.anomalies import NonFiniteError, SkippedLog, Spikes, leave_batch
 from train.checkpoint import TrainState
+from train.checkpoint_writer import Checkpointer
 from train.clips import make_loader
 from train.config import RunConfig
-from train.distributed import Ranks
 from train.logs import RunLog, Window, clock, describe, describe_unread
 from train.optim import clip_gradients, schedule_factor, step_optimizer
+from train.parallel import average_copies, gathered, keep_local, parallelize
+from train.performance import Costs, Meter, peak_tflops
+from train.plan import flops_per_sample
+from train.profiling import Profiler, Steps
 from train.recipe import Batch, Recipe, TrainData
 from train.setup import (
     build_recipe,
@@ -38,62 +44,100 @@ from train.setup import (
     resume,
     start_folder,
 )
+from train.stopping import EXIT_INTERRUPTED, EXIT_REQUEUE, Stop, catch_signals
+from train.watchdog import beat, record_exchanges, watching
 
 
-class NonFiniteError(ValueError):
-    """A loss or gradient became infinite or NaN; every rank stops before the optimizer step."""
-
-
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, profile: Steps | None = None) -> None:
     """Trains to the last step, from the newest checkpoint in the run's folder if there is one.
 
     Called by every process that torchrun started, or by a single one.
 
+    Args:
+        profile: the first and the last step to record a trace of.
     Raises:
-        ValueError: something in the config, the data or the checkpoint does not fit.
+        ValueError: something in the config, the data or the checkpoint does not fit, or differs
+            between ranks.
         NonFiniteError: training diverged.
-        SystemExit: stopped by a signal, after writing a checkpoint; 130 or 143.
+        SystemExit: stopped by a signal, after writing a checkpoint: 75, or 130 after Ctrl-C. Or 2, on
+            ranks beside one that says why.
     """
-    ranks = distributed.start(config.device, config.train.threads)
-    data = open_data(config)
-    recipe = build_recipe(config, data, ranks)
-    with locked_folder(config, ranks):
-        _train(config, data, recipe, ranks)
-    distributed.stop()
+    parallel, stall = config.train.parallel, config.train.stall_timeout
+    record_exchanges()
+    ranks = processes.start(
+        *(config.device, config.train.threads, parallel.shard, parallel.context),
+        timeout=max(1800.0, 1.5 * stall),  # our watchdog, which names a rank, speaks first
+    )
+    with watching(ranks, config.out, stall):
+        check_program(config, ranks)
+        beat("opening the data")
+        data = open_data(config)
+        manifests = {"manifest": data.train, "validation": data.validation}
+        check_same({f"data.{name}": m.fingerprint() for name, m in manifests.items()}, ranks)
+        beat("building the networks")
+        recipe = build_recipe(config, data, ranks)
+        with locked_folder(config, ranks):
+            _train(config, data, recipe, ranks, profile)
+    processes.stop()
 
 
-def _train(config: RunConfig, data: TrainData, recipe: Recipe, ranks: Ranks) -> None:
+def _train(
+    config: RunConfig, data: TrainData, recipe: Recipe, ranks: Ranks, profile: Steps | None
+) -> None:
     """`train`, once the run's folder is its own."""
-    state, frozen = fresh_state(recipe, config.train), hash_frozen(recipe)
+    frozen = hash_frozen(recipe)
+    check_same(frozen, ranks)
+    model = parallelize(recipe, ranks)
+    state = fresh_state(recipe, config.train)
+    beat("reading the checkpoint")
     start_step, saved = resume(config, data, state, frozen, ranks)
     if start_step == config.train.steps and exported_step(recipe.export_folder) == start_step:
         if ranks.is_main:
             print(f"{config.out}: all {start_step} steps are done already")
         return
 
+    profiler = Profiler(profile, config.out, ranks, start_step, config.train.steps)
+    beat("reading the validation clips")
     check_validation(config, recipe, ranks)
     start_folder(config, ranks)
-    loader = iter(make_loader(recipe.dataset(), config, ranks, start_step))
-    model = distributed.parallelize(recipe, ranks)
+    loader = make_loader(recipe.dataset(), config, ranks, start_step)
+    batches = islice(loader.batch_sampler or (), config.train.grad_accum)
+    numbers = [number for batch in batches for number in batch]
+    check_disjoint(numbers, start_step * config.train.batch_size, ranks)
     log = RunLog(config, ranks, start_step)
     log.say(describe_run(config, state, ranks, start_step))
-    bad_files = BadFiles(len(data.train.rows), config.data.max_bad_share, ranks.world_size)
-    window, unread = Window(**saved.get("window", {})), saved.get("unread", {})
-    run = Run(config, ranks, recipe, model, state, frozen, log, window, bad_files, unread)
-    with catch_signals() as stop:
+    run = Run(
+        *(config, ranks, recipe, model, state, frozen, log),
+        window=Window(**saved.get("window", {})),
+        meter=_meter(config, data, recipe, model, ranks),
+        spikes=Spikes(config.train.skip_spikes, saved.get("spikes")),
+        bad_files=BadFiles(len(data.train.rows), config.data.max_bad_share, ranks.world_size),
+        unread=saved.get("unread", {}),
+        checkpoints=Checkpointer(config.out / "checkpoints", config.train, ranks),
+        skipped=SkippedLog(config.out, start_step) if ranks.is_main else None,
+    )
+    with run.checkpoints, catch_signals() as stop:
+        items = iter(loader)
+        if saved.get("unreported"):
+            run.report(start_step)
+            run.show_samples(start_step)
         for step in range(start_step, config.train.steps):
-            stopping = run.step(step, loader, stop)
             done = step + 1
-            run.report(done)
+            profiler.before(done)
+            exit_code = run.step(step, items, stop)
+            profiler.after(done)
             last, due = done == config.train.steps, done % config.train.checkpoint_interval == 0
-            if last or due or stopping:
-                run.save(done, data)
-            run.show_samples(done)
-            if stopping and not last:
+            if exit_code is not None and not last:
+                # At once: the time until the machine is gone may not do for the row and the samples
+                # that are due, so the resumed run makes those first.
+                run.save(done, data, wait=True, unreported=True)
                 log.say(f"stopped after step {done}; the same command goes on from here")
-                exit_code = 128 + (stop.signal or signal.SIGTERM)
                 log.close(exit_code)
                 raise SystemExit(exit_code)
+            run.report(done)
+            if last or due:
+                run.save(done, data, wait=last)
+            run.show_samples(done)
             if due and not last:
                 run.export(done, data)
     run.export(config.train.steps, data)
@@ -104,30 +148,18 @@ def _train(config: RunConfig, data: TrainData, recipe: Recipe, ranks: Ranks) -> 
     log.close()
 
 
-@dataclass
-class Stop:
-    """Set by the first SIGINT or SIGTERM."""
-
-    signal: int | None = None
-
-
-@contextmanager
-def catch_signals() -> Iterator[Stop]:
-    """Inside it the first SIGINT or SIGTERM only takes note; a second one acts as usual."""
-    stop = Stop()
-    before: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        stop.signal = number
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _meter(
+    config: RunConfig, data: TrainData, recipe: Recipe, model: nn.Module, ranks: Ranks
+) -> Meter:
+    """For the run's sizes of clips; FLOPs are counted where the log's MFU needs them."""
+    peak, sizes = peak_tflops(config, ranks.device), config.data.sizes
+    flops: dict[Size, float] = {}
+    if peak is not None and ranks.is_main:
+        counted = build_recipe(config, data, ranks, on_meta=True)
+        flops = {size: flops_per_sample(counted, size) for size in sizes}
+    costs = Costs({size: recipe.num_tokens(size) for size in sizes}, flops, peak)
+    spread = ranks.world_size > 1 and not isinstance(model, DistributedDataParallel)
+    return Meter(ranks, costs, meets=spread)
 
 
 @dataclass
@@ -142,8 +174,12 @@ class Run:
     frozen: dict[str, str]  # hashes of the networks that checkpoints leave out
     log: RunLog
     window: Window
+    meter: Meter
+    spikes: Spikes
     bad_files: BadFiles
     unread: dict[str, str]  # clips that could not be read before the run was resumed, and why
+    checkpoints: Checkpointer
+    skipped: SkippedLog | None  # on the main rank
     batches: list[Batch] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
@@ -156,30 +192,46 @@ class Run:
         """EMA weights and autocast, without torch.compile: another batch size or no_grad would have
         it compile anew, and make training's own graph a dynamic, slower one."""
         eager = torch.compiler.set_stance("force_eager")
-        with self.state.ema.applied(), self.autocast(), eager:
+        with self.state.ema.applied(), gathered(self.recipe), self.autocast(), eager:
             yield
 
-    def step(self, step: int, loader: Iterator[dict[str, Any]], stop: Stop) -> bool:
-        """Forward, backward and update; True when any rank was told to stop.
+    def step(self, step: int, loader: Iterator[dict[str, Any]], stop: Stop) -> int | None:
+        """Forward, backward and update; the exit code to stop with, when any rank was told to.
 
         Everything that ranks must agree on (the mean loss, whether to stop) travels in one sum.
         """
         config, begin = self.config.train, time.perf_counter()
         lr = config.optimizer.lr * schedule_factor(config.schedule, step, config.steps)
         names, totals, wait = self._accumulate(step, loader, stop)
+        beat("adding up over all ranks")
         groups = self.state.groups
         norms = [clip_gradients(group.parameters.values(), config.grad_clip) for group in groups]
         figures = torch.cat([totals, *(norm.double().view(1) for norm in norms)]).tolist()
-        values = {name: total / config.batch_size for name, total in zip(names, figures)}
-        num_stops, *norms = figures[len(names) :]
+        num_counted = config.batch_size * self.ranks.context  # ranks of a context count the same
+        values = {name: total / num_counted for name, total in zip(names, figures)}
+        num_stops, num_interrupts, *norms = figures[len(names) :]
         values.update((group.norm_name, norm) for group, norm in zip(groups, norms))
         if not all(map(math.isfinite, [values["loss"], *norms])):
             self._fail(step, values)
-        step_optimizer(self.state.optimizer, lr, step)
+        started = {g.norm_name: norm for g, norm in zip(groups, norms) if step >= g.start_step}
+        spike = self.spikes.judge(started)
+        if spike is None:
+            step_optimizer(self.state.optimizer, lr, step)
+        else:
+            self._skip(step, spike)
+            values = {}
         self.state.optimizer.zero_grad()
-        self.state.ema.update(step)
-        self.window.add({**values, "lr": lr}, config.batch_size, time.perf_counter() - begin, wait)
-        return num_stops > 0
+        if spike is None:
+            self.state.ema.update(step)
+        values["lr"] = lr
+        if config.skip_spikes is not None:
+            values["skipped_share"] = float(spike is not None)
+        busy = time.perf_counter() - begin
+        self.window.add(values, config.batch_size, busy, wait)
+        self.meter.add(self._size(), config.batch_size, busy, wait)
+        if num_interrupts:
+            return EXIT_INTERRUPTED
+        return EXIT_REQUEUE if num_stops else None
 
     def _accumulate(
         self, step: int, loader: Iterator[dict[str, Any]], stop: Stop
@@ -187,47 +239,72 @@ class Run:
         """Gradients of the mean loss over the global batch.
 
         Returns:
-            Names of the logged figures, their sums over the global batch (then the number of ranks
-            told to stop), and the seconds spent waiting for data.
+            Names of the logged figures, their sums over the global batch (then the numbers of ranks
+            told to stop, and told so by Ctrl-C), and the seconds spent waiting for data.
         """
         config, names, wait = self.config.train, ["loss"], 0.0
         totals = torch.zeros(0, device=self.ranks.device, dtype=torch.float64)
-        # DistributedDataParallel averages over ranks; the loss is a mean over all of their samples.
-        scale = self.ranks.world_size / config.batch_size
+        # Gradients are averaged over ranks; the loss is a mean over all samples. In a context all ranks
+        # have the same loss, and each the gradients of the parts that it computes in all of them.
+        scale = self.ranks.num_data_ranks / config.batch_size
         self.batches, self.samples = [], []
         for micro in range(config.grad_accum):
             asked = time.perf_counter()
+            beat("waiting for data", step + 1)
             items = next(loader)
             wait += time.perf_counter() - asked
+            beat("in the forward pass")
+            self.meter.begin()
             self.bad_files.add(items.get("bad", ()), items.get("rows", ()))
             batch = self.recipe.make_batch(items, step)
             self.batches.append(batch)
-            self.samples.append({"g": items["g"], "captions": items["captions"]})
-            with distributed.keep_local(self.model, micro < config.grad_accum - 1):
+            self.samples.append({key: items[key] for key in ("g", "rows", "captions")})
+            with keep_local(self.model, micro < config.grad_accum - 1):
                 with self.autocast():
                     losses, values = self.model(batch)
-                (losses.sum() * scale).backward()
+                loss = losses.sum() * scale
+                beat("in the backward pass")
+                self.meter.end_with(loss)
+                loss.backward()
             names = ["loss", *values]
             sums = torch.stack([losses.detach().sum(), *(v.sum() for v in values.values())])
             totals = sums.double() if micro == 0 else totals + sums
-        told = torch.full((1,), float(stop.signal is not None), device=totals.device)
+        average_copies(self.model, self.ranks)
+        # A checkpoint that failed stops all ranks as a signal does: `save` then raises on each.
+        stopping = stop.signal is not None or self.checkpoints.failed
+        told = torch.tensor([stopping, stop.interrupted], device=totals.device)
         return names, self.ranks.sum(torch.cat([totals, told.double()])), wait
+
+    def _size(self) -> Size:
+        """Of the clips of the step: all of them have one."""
+        if "video" not in self.batches[0]:
+            return self.config.data.sizes[0]
+        num_frames, height, width = self.batches[0]["video"].shape[2:]
+        return num_frames, height, width
+
+    def _skip(self, step: int, spike: dict[str, Any]) -> None:
+        """Notes a step that is left out; every rank is here together."""
+        mine = {"rank": self.ranks.rank, "micro_batches": self.samples}
+        found = self.ranks.gather(mine)[:: self.ranks.context]
+        if self.skipped is not None:
+            self.skipped.add({"step": step + 1, **spike, "samples": found})
+            self.log.say(
+                f"step {step + 1} is left out: its {spike['figure']} of {spike['norm']:.4g} is "
+                f"{spike['norm'] / spike['median']:.3g} times the usual one; see {self.skipped.path}"
+            )
 
     def _fail(self, step: int, values: dict[str, float]) -> None:
         """Leaves this rank's share of the step behind, and stops; every rank is here together."""
         folder = self.config.out / f"nonfinite-step-{step}-rank-{self.ranks.rank}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for micro, batch in enumerate(self.batches):
-            tensors = {name: value.detach().cpu().contiguous() for name, value in batch.items()}
-            save_file(tensors, folder / f"micro-batch-{micro}.safetensors")
-        report = {"step": step, "values": {k: repr(v) for k, v in values.items()}}
-        text = json.dumps({**report, "micro_batches": self.samples}, indent=1)
-        (folder / "batch.json").write_text(text + "\n")
+        figures = {name: repr(value) for name, value in values.items()}
+        about = {"step": step, "values": figures, "micro_batches": self.samples}
+        where = leave_batch(folder, self.batches, about)
         self.log.close(1)
+        self.ranks.barrier()  # torchrun would end those that are still writing
         raise NonFiniteError(
             f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; stopped "
-            f"before the update. The batch is in {folder}; a lower train.optimizer.lr or a longer "
-            "warm-up is the usual cure"
+            f"before the update. {where}; a lower train.optimizer.lr or a longer warm-up is the "
+            "usual cure"
         )
 
     def all_unread(self) -> dict[str, str]:
@@ -241,15 +318,21 @@ class Run:
         logging, last = self.config.logging, done == self.config.train.steps
         row: dict[str, float] = {}
         if last or done % logging.interval == 0:
-            row = self.window.take()
+            beat("comparing ranks")
+            row = {**self.window.take(), **self.meter.take(self.checkpoints.write_seconds)}
             steps_left = self.config.train.steps - done
-            left = steps_left * self.config.train.batch_size / row["samples_per_second"]
             line = describe(done, self.config.train.steps, row)
-            self.log.say(f"{line}  left {clock(left)}")
+            if row[
+                "samples_per_second"
+            ]:  # none, for a row that an interrupted run left to this one
+                left = steps_left * self.config.train.batch_size / row["samples_per_second"]
+                line = f"{line}  left {clock(left)}"
+            self.log.say(line)
             unread = self.all_unread()
             if unread:
                 row["bad_clips"] = len(unread)
         if last or done % logging.val_interval == 0:
+            beat("validating")
             with self.evaluating():
                 row.update(self.recipe.validate())
                 self.log.histograms(done, self.recipe.histograms)
@@ -259,27 +342,36 @@ class Run:
     def show_samples(self, done: int) -> None:
         """The videos that are due after `done` steps; a model that fails to make some trains on."""
         if done == self.config.train.steps or done % self.config.logging.sample_interval == 0:
-            if self.ranks.is_main:
-                try:
-                    with self.evaluating():
+            beat("making samples")
+            with self.evaluating():
+                if self.ranks.is_main:
+                    try:
                         self.log.videos(done, self.recipe.samples())
-                except ValueError as error:
-                    self.log.say(f"no samples after step {done}: {error}")
-            self.ranks.barrier()
+                    except ValueError as error:
+                        self.log.say(f"no samples after step {done}: {error}")
+                self.ranks.barrier()
 
-    def save(self, done: int, data: TrainData) -> None:
+    def save(self, done: int, data: TrainData, *, wait: bool, unreported: bool = False) -> None:
+        """A checkpoint.
+
+        Args:
+            unreported: the row and the samples that are due after `done` steps are still to be made.
+        """
+        beat("writing a checkpoint")
         extra = {
             "config": self.config.model_dump(mode="json"),
             "data": data.train.fingerprint(),
             "frozen": self.frozen,
             "unread": self.all_unread(),
             "window": {"saved": self.window.values, "seconds": self.window.seconds},
+            "spikes": self.spikes.state(),
+            "unreported": unreported,
         }
-        folder = self.config.out / "checkpoints"
-        keep = self.config.train.keep_checkpoints
-        checkpoint.save_checkpoint(folder, done, self.state, extra, keep, self.ranks)
+        self.checkpoints.save(done, self.state, extra, wait=wait)
+        self.meter.add_checkpoint(self.checkpoints.blocked_seconds)
 
     def export(self, done: int, data: TrainData) -> None:
+        beat("exporting the model")
         provenance = {
             "step": done,
             "config_hash": self.config.hash(),
@@ -287,5 +379,7 @@ class Run:
             "git_commit": git_commit(),
         }
         with self.state.ema.applied(), torch.compiler.set_stance("force_eager"):
+            with gathered(self.recipe):
+                self.recipe.measure()
             self.recipe.export(self.recipe.export_folder, provenance)
         self.ranks.barrier()

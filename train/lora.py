@@ -10,6 +10,7 @@ from torch import Tensor
 from dit.objective import Objective
 from dit.transformer import DiT
 from sample.lora import save_lora
+from sample.processes import whole
 from sample.wan_names import wan_name
 from train.config_recipes import LoRAConfig
 
@@ -66,17 +67,26 @@ def add_adapters(dit: DiT, config: LoRAConfig) -> None:
 
 
 def adapter_weights(dit: DiT) -> dict[str, Tensor]:
-    """The adapters of a DiT by its layers' names: blocks.0.self_attention.q.lora_A.weight."""
+    """The adapters of a DiT by its layers' names: blocks.0.self_attention.q.lora_A.weight. They may be
+    sharded: all ranks call it."""
     return {
-        name.replace(f".{_ADAPTER}.", "."): parameter.detach()
+        name.replace(f".{_ADAPTER}.", "."): whole(parameter.detach())
         for name, parameter in dit.named_parameters()
         if parameter.requires_grad
     }
 
 
-def export_lora(folder: Path, dit: DiT, config: LoRAConfig, about: dict[str, Any]) -> None:
-    """Writes a DiT's adapters for `zoetrope sample --lora` and `WanPipeline.load_lora_weights`."""
+def export_lora(
+    folder: Path, dit: DiT, config: LoRAConfig, about: dict[str, Any], *, write: bool = True
+) -> None:
+    """Writes a DiT's adapters for `zoetrope sample --lora` and `WanPipeline.load_lora_weights`.
+
+    Args:
+        write: False on ranks that only take part in gathering what is sharded.
+    """
     weights = adapter_weights(dit)
+    if not write:
+        return
     layers = dict.fromkeys(wan_name(name).rsplit(".", 2)[0] for name in weights)
     # As diffusers' own training scripts put it: the ends of names, the same in every block.
     ends = dict.fromkeys(layer.split(".", 2)[2].removeprefix("attn1.") for layer in layers)

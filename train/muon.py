@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW
+
+from sample.processes import whole
 
 # The quintic of Jordan et al. 2024 that takes singular values towards 1 in five steps.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -75,7 +78,17 @@ class MuonAdamW(AdamW):
             # torch keeps its foreach operations private; they are what its own optimizers use.
             torch._foreach_lerp_(buffers, grads, 1 - beta)  # pyright: ignore[reportPrivateImportUsage]
             directions = torch._foreach_lerp(grads, buffers, beta)  # pyright: ignore[reportPrivateImportUsage]
-            updates = orthogonalise(torch.stack(list(directions)))
+            # Of sharded matrices each rank needs all rows, and keeps its own of what comes out.
+            updates = orthogonalise(torch.stack([whole(direction) for direction in directions]))
             updates = updates * (-lr * max(1.0, rows / columns) ** 0.5)
+            parts = [_like(p, update) for p, update in zip(parameters, updates.unbind(0))]
             torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
-            torch._foreach_add_(parameters, list(updates.unbind(0)))  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(parameters, parts)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor that every rank has, sharded as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)

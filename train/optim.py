@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from sample.processes import whole
 from train.config import AdamWConfig, MuonConfig, ScheduleConfig
 from train.muon import MuonAdamW
 from train.recipe import TrainedGroup
@@ -94,5 +95,9 @@ def step_optimizer(optimizer: Optimizer, lr: float, step: int) -> None:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales gradients down to a global norm of at most max_norm; returns the norm before."""
-    return torch.nn.utils.clip_grad_norm_(list(parameters), max_norm)
+    """Scales gradients down to a global norm of at most max_norm; returns the norm before. All ranks
+    call it, as gradients may be sharded."""
+    parameters = list(parameters)
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

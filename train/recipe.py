@@ -18,9 +18,10 @@ from torch.utils.data import Dataset
 from data.buckets import Size
 from data.manifest import Manifest
 from data.randomness import generator, stream_seed
+from sample.context import ContextGroup
 from sample.model import ModelInfo
+from sample.processes import Ranks
 from train.config import RunConfig
-from train.distributed import Ranks
 
 Batch = dict[str, Tensor]
 
@@ -54,7 +55,8 @@ class Recipe(nn.Module, ABC):
     """Networks in training, frozen ones beside them, and everything the loop asks for.
 
     Parameters with requires_grad are trained; the rest is frozen. `forward` runs under autocast,
-    and inside DistributedDataParallel.
+    and inside DistributedDataParallel; `validate`, `samples` and `histograms` with all weights on
+    every rank (train/parallel.py).
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Recipe(nn.Module, ABC):
         afterwards; or on the meta device, by a recipe that is there to be counted."""
         super().__init__()
         self.config, self.data, self.ranks = config, data, ranks
+        self.context: ContextGroup | None = None  # where several ranks share a sequence
         self.weights_device = weights_device
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -109,7 +112,16 @@ class Recipe(nn.Module, ABC):
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
-        """The repeated modules, each of which is compiled on its own."""
+        """The repeated modules, each of which is compiled, recomputed and sharded on its own."""
+
+    @abstractmethod
+    def networks(self) -> list[nn.Module]:
+        """Those whose weights may be sharded: `forward` calls them, and nothing inside them from
+        outside.
+
+        Raises:
+            ValueError: there are none.
+        """
 
     @abstractmethod
     def dataset(self) -> Dataset[Any]:
@@ -143,9 +155,13 @@ class Recipe(nn.Module, ABC):
         """Values whose distribution is to be seen in wandb, by name. Called on the main rank only."""
         return {}
 
+    def measure(self) -> None:
+        """Whatever an export says of its weights; called with those, all of them on every rank."""
+
     @abstractmethod
     def export(self, folder: Path, provenance: dict[str, Any]) -> None:
-        """Writes the model folder, or what else is kept. All ranks call it; the main one writes."""
+        """Writes the model folder, or what else is kept. All ranks call it, with weights that may be
+        sharded; the main one writes."""
 
 
 def counted_noise(

@@ -22,10 +22,10 @@ from dit.text import TextEncoder
 from dit.transformer import DiT
 from sample.model import Model, ModelInfo, load_model, save_model
 from sample.pipeline import MAX_BATCH_CELLS, TextToVideo
+from sample.processes import Ranks
 from train.clips import TrainingClips, read_rows
 from train.config import RunConfig
 from train.config_recipes import DiTRecipeConfig
-from train.distributed import Ranks
 from train.latents import CachedLatents, LatentCache
 from train.lora import add_adapters, check_objective, export_lora
 from train.recipe import Batch, Recipe, TrainData, counted_noise, counted_uniform
@@ -212,6 +212,10 @@ class DiTRecipe(Recipe):
     def blocks(self) -> list[nn.Module]:
         return list(self.dit.blocks)
 
+    def networks(self) -> list[nn.Module]:
+        text_trains = any(p.requires_grad for p in self.text.parameters())
+        return [self.dit, self.text] if text_trains else [self.dit]
+
     def dataset(self) -> Dataset[Any]:
         if self.options.latent_cache is None:
             return TrainingClips(self.data.train, self.config)
@@ -382,14 +386,15 @@ class DiTRecipe(Recipe):
         return {f"{n}-{_slug(p)}": to_uint8(v) for n, (p, v) in enumerate(zip(prompts, videos))}
 
     def export(self, folder: Path, provenance: dict[str, Any]) -> None:
-        if not self.ranks.is_main:
-            return
+        write = self.ranks.is_main
         if self.options.lora is None:
-            save_model(folder, self._model(provenance))
-        else:
-            about = {"base": str(self.options.init), "expert": self.options.expert}
-            about = {name: value for name, value in about.items() if value is not None}
-            export_lora(folder, self.dit, self.options.lora, {**about, "provenance": provenance})
+            save_model(folder, self._model(provenance), write=write)
+            return
+        about: dict[str, Any] = {"base": str(self.options.init)}
+        if self.options.expert is not None:
+            about["expert"] = self.options.expert
+        about["provenance"] = provenance
+        export_lora(folder, self.dit, self.options.lora, about, write=write)
 
 
 def _slug(prompt: str) -> str:

@@ -16,11 +16,11 @@ from dit.perceptual import PerceptualDistance
 from dit.vae import VAE, VideoVAE
 from dit.vae_layers import ResidualBlock
 from sample.model import Model, load_model, save_model
+from sample.processes import Ranks
 from sample.weights import load_perceptual
 from train.clips import TrainingClips, read_rows, rows_of_one_size
 from train.config import RunConfig
 from train.config_recipes import VAERecipeConfig
-from train.distributed import Ranks
 from train.recipe import Batch, Recipe, TrainData, TrainedGroup, counted_noise
 from train.vae_losses import (
     AdversarialLoss,
@@ -64,6 +64,7 @@ class VAERecipe(Recipe):
         assert isinstance(config.recipe, VAERecipeConfig)
         self.options = config.recipe
         self._settings = ""
+        self._num_measured: int | None = None  # clips that latent statistics come from
         self.vae = self._build_vae()
         if self.options.channels_last:
             self.vae.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
@@ -107,7 +108,8 @@ class VAERecipe(Recipe):
         model = load_model(self.options.init, self.weights_device, vae_only=True)
         self._settings, vae = model.file().model_dump_json(include={"vae"}), model.vae
         options = self.config.train
-        asked = options.compile, options.activation_checkpointing, self.options.channels_last
+        anew = options.activation_checkpointing != "none"
+        asked = options.compile, anew, self.options.channels_last
         if not isinstance(vae, VideoVAE) and any(asked):
             raise ValueError(
                 f"recipe.init={self.options.init}: train.compile, train.activation_checkpointing and "
@@ -157,6 +159,15 @@ class VAERecipe(Recipe):
 
     def load_validation(self) -> int:
         return len(self._validation_clips())
+
+    def networks(self) -> list[nn.Module]:
+        """Not the discriminator: its gradients are taken twice in a step, and it is small."""
+        if not isinstance(self.vae, VideoVAE):
+            raise ValueError(
+                f"train.parallel.shard={self.config.train.parallel.shard} knows our own VAE only, and "
+                f"recipe.init={self.options.init} is another; use 1"
+            )
+        return [self.vae.encoder, self.vae.decoder]
 
     def blocks(self) -> list[nn.Module]:
         return [module for module in self.vae.modules() if isinstance(module, ResidualBlock)]
@@ -320,11 +331,14 @@ class VAERecipe(Recipe):
             "latents/std_of_channels": mean.transpose(0, 1).flatten(1).std(1),
         }
 
-    def export(self, folder: Path, provenance: dict[str, Any]) -> None:
+    def measure(self) -> None:
         """A published VAE keeps its statistics: models of its latents rely on them."""
         if isinstance(self.vae, VideoVAE):
-            mean, std, count = self.measure_latents()
+            mean, std, self._num_measured = self.measure_latents()
             self.vae.set_statistics(mean, std)
-            provenance = {**provenance, "statistics_clips": count}
-        if self.ranks.is_main:
-            save_model(folder, Model(self.vae, self.model_info(provenance)))
+
+    def export(self, folder: Path, provenance: dict[str, Any]) -> None:
+        if self._num_measured is not None:
+            provenance = {**provenance, "statistics_clips": self._num_measured}
+        model = Model(self.vae, self.model_info(provenance))
+        save_model(folder, model, write=self.ranks.is_main)

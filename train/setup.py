@@ -7,27 +7,25 @@ import hashlib
 import logging
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from pydantic import ValidationError
-from torch.utils.checkpoint import checkpoint as recompute
 
 from data.manifest import read_manifest
 from data.randomness import stream_seed
 from sample.lora import lora_step
 from sample.model import read_model_file
-from sample.pipeline import quiet_compiler
+from sample.processes import AXES, Ranks, micro_batch_size
 from train import checkpoint
 from train.checkpoint import TrainState
 from train.clips import describe_buckets
 from train.config import RunConfig, TrainConfig, differing_key
 from train.config_file import dump_config
 from train.config_recipes import VAERecipeConfig
-from train.distributed import Ranks, micro_batch_size
 from train.ema import EMA
 from train.latents import hash_weights
 from train.optim import build_optimizer
@@ -57,72 +55,27 @@ def open_data(config: RunConfig) -> TrainData:
 def build_recipe(
     config: RunConfig, data: TrainData, ranks: Ranks, *, on_meta: bool = False
 ) -> Recipe:
-    """The recipe on its device, its fresh weights a function of the seed.
+    """The recipe, on the CPU, its fresh weights a function of the seed; `parallelize` moves it.
 
     Args:
         on_meta: leave it on the meta device, without weights, to be counted.
     Raises:
         ValueError: the global batch does not divide, or the recipe's parts do not fit together.
     """
-    micro_batch_size(config.train.batch_size, config.train.grad_accum, ranks.world_size)
+    micro_batch_size(config.train.batch_size, config.train.grad_accum, ranks.num_data_ranks)
     torch.manual_seed(stream_seed(config.seed, "weights"))
     kind = VAERecipe if isinstance(config.recipe, VAERecipeConfig) else DiTRecipe
     if on_meta:
         return kind(config, data, ranks, torch.device("meta")).to("meta")
-    recipe = kind(config, data, ranks, torch.device("cpu")).to(ranks.device)
-    if config.train.activation_checkpointing:
-        checkpoint_activations(recipe)
-    if config.train.compile:
-        compile_blocks(recipe, optional=config.train.compile == "auto")
-    return recipe
+    return kind(config, data, ranks, torch.device("cpu"))
 
 
 def fresh_state(recipe: Recipe, config: TrainConfig) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step, of a recipe that is on its devices."""
     groups = recipe.groups()
     optimizer = build_optimizer(groups, config.optimizer, recipe.blocks())
     ema = EMA(groups[0].parameters, config.ema)
     return TrainState(recipe, recipe.trained(), groups, optimizer, ema)
-
-
-def checkpoint_activations(recipe: Recipe) -> None:
-    """Makes the repeated blocks keep their inputs alone, and compute the rest anew in the backward
-    pass (Chen et al. 2016, "Training deep nets with sublinear memory cost")."""
-    for block in recipe.blocks():
-        forward = block.forward
-
-        def checkpointed(*args: Any, forward: Callable[..., Any] = forward, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return forward(*args, **kwargs)
-            return recompute(forward, *args, use_reentrant=False, **kwargs)
-
-        block.forward = checkpointed
-
-
-def compile_blocks(recipe: Recipe, *, optional: bool) -> None:
-    """Compiles the repeated blocks in place; where that cannot be and is optional, says so.
-
-    Raises:
-        ValueError: torch.compile does not work on this machine, and was asked for.
-    """
-    quiet_compiler(recipe.ranks.device)
-    probe = torch.ones(8, device=next(recipe.parameters()).device)
-    try:
-        torch.compile(lambda x: x * 2 + 1)(probe)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        if optional:
-            if recipe.ranks.is_main:
-                print(f"training without torch.compile, which does not work here ({reason})")
-            return
-        raise ValueError(
-            f"train.compile=true, but torch.compile does not work here ({reason}); it needs a "
-            "C++ compiler (Triton on a GPU). Install one, or set train.compile=false"
-        ) from None
-    limit = torch._dynamo.config.recompile_limit  # one compilation for each size, and its gradients
-    torch._dynamo.config.recompile_limit = max(limit, 2 * len(recipe.config.data.sizes) + 2)
-    for block in recipe.blocks():
-        block.compile(dynamic=False)
 
 
 @contextmanager
@@ -209,11 +162,33 @@ def resume(
         ValueError: it was made with another config, other data or other frozen networks; names
             what differs.
     """
-    found = checkpoint.list_checkpoints(config.out / "checkpoints")
-    if not found:
+    found = checkpoint.find_newest(config.out / "checkpoints", ranks)
+    if found is None:
         return 0, {}
-    step, path = found[-1]
-    saved = checkpoint.read_state(path)
+    (step, path, saved), error = found, None
+    try:
+        _compare(config, data, frozen, path, saved)
+    except ValueError as reason:
+        error = reason
+    ranks.agree(error)
+    checkpoint.load_checkpoint(path, state, ranks)
+    return step, saved
+
+
+def _compare(
+    config: RunConfig,
+    data: TrainData,
+    frozen: dict[str, str],
+    path: Path,
+    saved: dict[str, Any],
+) -> None:
+    """Whether a checkpoint is one of this run.
+
+    Args:
+        saved: its state.json.
+    Raises:
+        ValueError: it is not; names what differs.
+    """
     key = differing_key(_with_defaults(saved["config"]), config.model_dump(mode="json"))
     if key is not None:
         raise ValueError(
@@ -231,8 +206,6 @@ def resume(
                 f"{path} was made with another {name}: its contents have hash {digest}, now "
                 f"{frozen.get(name)}; restore them, or train into another folder (out=...)"
             )
-    checkpoint.load_checkpoint(path, state, ranks)
-    return step, saved
 
 
 def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -253,13 +226,17 @@ def start_folder(config: RunConfig, ranks: Ranks) -> None:
 def describe_run(config: RunConfig, state: TrainState, ranks: Ranks, start_step: int) -> str:
     """The line that opens a run."""
     train = config.train
-    micro = micro_batch_size(train.batch_size, train.grad_accum, ranks.world_size)
+    micro = micro_batch_size(train.batch_size, train.grad_accum, ranks.num_data_ranks)
     resumed = "resumed, " if start_step else ""
+    spread = ""
+    if ranks.mesh is not None and ranks.world_size > 1:
+        sizes = dict(zip(AXES, ranks.mesh.shape))
+        spread = f" ({' x '.join(f'{name} {n}' for name, n in sizes.items() if n > 1)})"
     return (
         f"{config.out}: {sum(p.numel() for p in state.trained.values()):,} parameters, "
-        f"{resumed}steps {start_step} to {train.steps}, batch {train.batch_size} = {ranks.world_size} "
-        f"processes x {train.grad_accum} x {micro}, {train.dtype} on {ranks.device.type}, "
-        f"{torch.get_num_threads()} threads each"
+        f"{resumed}steps {start_step} to {train.steps}, batch {train.batch_size} = "
+        f"{ranks.num_data_ranks} x {train.grad_accum} x {micro}, {train.dtype} on {ranks.world_size} "
+        f"{ranks.device.type} processes{spread}, {torch.get_num_threads()} threads each"
     )
 
 

@@ -13,21 +13,21 @@ _spec = importlib.util.spec_from_file_location(
 )
 _tiny = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_tiny)
-one_thread, room = _tiny.one_thread, _tiny.room
+one_thread, room, nursery = _tiny.one_thread, _tiny.room, _tiny.nursery
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def torchrun():
-    """`torchrun --standalone --nproc-per-node 2 ...`; returns (exit code, all output)."""
+    """`torchrun --standalone --nproc-per-node ...`; returns (exit code, all output)."""
 
-    def run(*arguments):
+    def run(*arguments, processes=2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         result = subprocess.run(
-            [*command, "--nproc-per-node", "2", *map(str, arguments)],
+            [*command, "--nproc-per-node", str(processes), *map(str, arguments)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=240,
         )
         return result.returncode, result.stdout + result.stderr
 

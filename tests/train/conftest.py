@@ -1,5 +1,6 @@
 """A tiny rendered world, tiny configs, and ways to run them."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,6 +16,10 @@ import yaml
 from data.world_files import WorldSpec, write_world
 from train.config_file import load_config
 from train.loop import train
+
+_spec = importlib.util.spec_from_file_location("nursery", Path(__file__).with_name("nursery.py"))
+_nursery = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_nursery)
 
 VAE = {
     "kind": "vae",
@@ -169,3 +174,11 @@ def room(tmp_path_factory):
     room.render()
     room.train(room.folder / "vae", "vae")
     return room
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    """Starts processes that have imported everything already; see nursery.py."""
+    nursery = _nursery.Nursery()
+    yield nursery
+    nursery.close()

@@ -41,7 +41,7 @@ def test_run_folder_and_golden_losses(room, tmp_path, kind):
     rows = read_log(out / "log.jsonl")
     assert [row["step"] for row in rows] == [3, 6, 9, 12]
     for row in rows:
-        assert {"loss", "grad_norm", "lr", *TIME_FIELDS} <= row.keys()
+        assert {"loss", "grad_norm", "lr", *TIME_FIELDS} - {"mfu"} <= row.keys()  # of a CPU
         assert 0 <= row["data_wait_share"] <= 1
         assert all(math.isfinite(value) for value in row.values())
     assert [row["loss"] for row in rows] == pytest.approx(GOLDEN[kind], rel=5e-3)
@@ -276,7 +276,7 @@ def test_a_full_disk_is_one_line(room, tmp_path, monkeypatch, capsys):
 
     steps = {"checkpoint_interval": 6}
     with monkeypatch.context() as patch:
-        patch.setattr("train.checkpoint.save", full)
+        patch.setattr("train.checkpoint_writer.save", full)
         with pytest.raises(
             OSError, match=r"step-00000006: the checkpoint cannot be written .*No space"
         ):

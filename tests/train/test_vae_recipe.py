@@ -21,6 +21,7 @@ from train.distributed import Ranks
 from train.logs import read_log
 from train.loop import train
 from train.plan import plan
+from train.parallel import parallelize
 from train.setup import build_recipe, fresh_state, open_data
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -42,7 +43,9 @@ def vgg_weights():
 def recipe_of(room, folder, kind="gan", **changes):
     config = load_config(room.write(folder / "recipe", kind, **changes))
     ranks = Ranks(0, 1, torch.device("cpu"), None)
-    return build_recipe(config, open_data(config), ranks), config
+    recipe = build_recipe(config, open_data(config), ranks)
+    parallelize(recipe, ranks)
+    return recipe, config
 
 
 def some_batch(recipe, config, step=100):
@@ -92,7 +95,7 @@ def test_the_adversary_acts_on_the_vae_as_its_loss_does(room, tmp_path):
 
 def test_checkpointing_activations_changes_nothing(room, tmp_path):
     kept, config = recipe_of(room, tmp_path)
-    anew, _ = recipe_of(room, tmp_path, train={"activation_checkpointing": True})
+    anew, _ = recipe_of(room, tmp_path, train={"activation_checkpointing": "block"})
     for recipe in (kept, anew):
         randomise(recipe)
     batch = some_batch(kept, config)
@@ -118,7 +121,7 @@ def test_checkpointing_in_a_run_of_compiled_blocks(room, tmp_path):
     """The two together, through the loop, for both recipes."""
     for kind in ("vae", "dit"):
         plain = room.train(tmp_path / f"{kind}-plain", kind, train={"steps": 3})
-        options = {"steps": 3, "activation_checkpointing": True, "compile": "auto"}
+        options = {"steps": 3, "activation_checkpointing": "block", "compile": "auto"}
         other = room.train(tmp_path / f"{kind}-other", kind, train=options)
         one, two = (read_log(out / "log.jsonl")[-1]["loss"] for out in (plain, other))
         assert two == pytest.approx(one, abs=1e-5)
@@ -226,7 +229,7 @@ def test_a_published_vae_is_fine_tuned_and_keeps_its_statistics(room, tmp_path):
     assert load_model(out_2 / "model").info.num_frames == 1
     weight = "decoder.conv_in.weight"
     assert not torch.equal(*(vae.model.get_parameter(weight) for vae in (before, after)))
-    changes["train"] = {"steps": 3, "activation_checkpointing": True}
+    changes["train"] = {"steps": 3, "activation_checkpointing": "block"}
     with pytest.raises(ValueError, match=r"know our own VAE only"):
         room.train(tmp_path / "other", "vae", **changes)
 
@@ -265,8 +268,8 @@ def test_latents_are_shown_as_histograms(room, tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log", note)
     room.train(tmp_path / "run", "gan", logging={"wandb": "offline"})
-    assert shown["latents/std_of_channels"] == ("histogram", (4,))
-    assert shown["latents/mean"] == (
+    assert shown["val/latents/std_of_channels"] == ("histogram", (4,))
+    assert shown["val/latents/mean"] == (
         "histogram",
         (4 * 4 * 2 * 4 * 4,),
     )  # clips, channels, frames, ...

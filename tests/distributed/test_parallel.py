@@ -1,0 +1,131 @@
+"""Every way to spread a run over processes trains as one process does."""
+
+import socket
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from train.logs import read_log
+
+# Starting processes takes most of the time: those of one world size train one run after the other,
+# each of which meets at a store of its own.
+SEVERAL = """
+import os, sys
+from train.config_file import load_config
+from train.loop import train
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+for port, path in zip(sys.argv[1::2], sys.argv[2::2]):
+    os.environ["MASTER_PORT"] = port
+    train(load_config(path))
+"""
+ADAM = {"kind": "adamw", "lr": 2e-3}
+# Adam divides by a gradient's usual size; next to zero, as a discriminator's are at first, that makes
+# rounding errors as large as steps. A larger eps keeps them small.
+LARGE_EPS = {"gan": {**ADAM, "eps": 3e-2}}
+
+# By world size: the recipe, and what is changed in its train section.
+LAYOUTS = {
+    2: {
+        "fsdp": ("dit", {"parallel": {"shard": 2}}),
+        "fsdp vae": ("vae", {"parallel": {"shard": "auto"}}),
+        "fsdp gan": ("gan", {"parallel": {"shard": 2}}),
+        "ulysses": ("dit", {"parallel": {"context": 2}}),
+        "gather": ("dit", {"parallel": {"context": 2, "context_method": "gather"}}),
+        "accumulated": ("dit", {"grad_accum": 2, "parallel": {"shard": 2}}),
+        "accumulated gan": ("gan", {"grad_accum": 2}),
+        "blocks anew": (
+            "dit",
+            {"activation_checkpointing": "block", "parallel": {"shard": 2, "context": 1}},
+        ),
+        "selected anew": (
+            "dit",
+            {"activation_checkpointing": "selective", "parallel": {"context": 2}},
+        ),
+        "muon": ("dit", {"optimizer": {"kind": "muon", "lr": 2e-3}, "parallel": {"shard": 2}}),
+    },
+    4: {
+        "hsdp": ("dit", {"parallel": {"shard": 2}}),
+        "hsdp gan": ("gan", {"parallel": {"shard": 2}}),
+        "ulysses x fsdp": ("dit", {"parallel": {"shard": 2, "context": 2}}),
+        "gather 4": ("dit", {"parallel": {"context": 4}}),  # as two heads do not divide
+        "replicas x ulysses": ("dit", {"parallel": {"context": 2}}),
+    },
+}
+CASES = [(world_size, name) for world_size, layouts in LAYOUTS.items() for name in layouts]
+
+
+def changes(kind, train):
+    optimizer = LARGE_EPS.get(kind, ADAM)
+    steps = {"steps": 20, "checkpoint_interval": 10, "optimizer": optimizer}
+    dit = {"recipe": {"dit": {"num_blocks": 2}}} if kind == "dit" else {}
+    return {"train": {**steps, **train}, "logging": {"interval": 1}, **dit}
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def straight(room, tmp_path_factory):
+    """The folder of a run in one process, by recipe and optimizer."""
+    made = {}
+
+    def run(kind, train):
+        kept = {key: train[key] for key in ("optimizer",) if key in train}
+        key = (kind, *kept)
+        if key not in made:
+            out = tmp_path_factory.mktemp("straight") / "run"
+            made[key] = room.train(out, kind, **changes(kind, kept))
+        return made[key]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def spread(room, torchrun, tmp_path_factory):
+    """The folder of a run in several processes, by world size and layout."""
+    folder = tmp_path_factory.mktemp("spread")
+    ended = {}
+
+    def run(world_size, name):
+        if world_size not in ended:
+            (folder / "several.py").write_text(SEVERAL)
+            arguments = [folder / "several.py"]
+            for layout, (kind, train) in LAYOUTS[world_size].items():
+                config = room.write(
+                    folder / f"{world_size} {layout}", kind, **changes(kind, train)
+                )
+                arguments += [free_port(), config]
+            ended[world_size] = None, "it did not end"
+            ended[world_size] = torchrun(*arguments, processes=world_size)
+        out = folder / f"{world_size} {name}"
+        assert (out / "model" / "model.yaml").is_file(), ended[world_size][1]
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize(("world_size", "name"), CASES)
+def test_trains_as_one_process_does(straight, spread, world_size, name):
+    kind, train = LAYOUTS[world_size][name]
+    out, one = spread(world_size, name), straight(kind, train)
+    rows, expected = (read_log(folder / "log.jsonl") for folder in (out, one))
+    assert len(rows) == len(expected) == 20
+    for key in ("loss", "grad_norm", "val/loss" if kind == "dit" else "val/psnr"):
+        found, wanted = ([row[key] for row in log if key in row] for log in (rows, expected))
+        assert len(found) >= 2
+        # Muon orthogonalises in bfloat16, where a rounding error may tip a value to the next one.
+        loose = {"val/psnr": 1e-3, "grad_norm": 1e-4 if name == "muon" else 1e-5}
+        assert found == pytest.approx(wanted, abs=loose.get(key, 1e-5))
+    part = "dit.safetensors" if kind == "dit" else "vae.safetensors"
+    weights, others = (load_file(folder / "model" / part) for folder in (one, out))
+    assert weights.keys() == others.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(others[key], value, atol=1e-4, rtol=0)
+    made, wanted = (
+        {path.name for path in folder.glob("samples/*/*.mp4")} for folder in (out, one)
+    )
+    assert made == wanted != set()

@@ -1,0 +1,68 @@
+"""A real Slurm cluster: a job that is stopped, then loses a node, queues itself again and ends equal."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from train.logs import read_log
+
+ROOT = Path(__file__).parents[2]
+
+
+def losses(out):
+    return [row["loss"] for row in read_log(out / "log.jsonl")]
+
+
+def test_stopped_and_broken_job_ends_equal(cluster, room, tmp_path):
+    changes = {
+        "train": {"steps": 120, "checkpoint_interval": 5},
+        "logging": {"interval": 1, "val_interval": 1000},
+        "data": {"num_workers": 1},  # which Slurm signals too
+    }
+    config = room.write(tmp_path / "run", "vae", **changes)
+    out, log = tmp_path / "run", tmp_path / "job.log"
+    job = cluster(
+        *("sbatch", "--parsable", "--gpus-per-node=0", f"--output={log}"),
+        *("configs/launch/slurm.sh", str(config)),
+        PYTHON=sys.executable,
+    ).strip()
+    assert job.isdigit(), job
+
+    def until(condition):
+        cluster.until(condition, lambda: log.read_text() if log.exists() else "no log")
+
+    def said(text):
+        return log.exists() and text in log.read_text()
+
+    # As Slurm does when the time is nearly over: only the script itself is told.
+    until(lambda: len(losses(out)) > 2)
+    cluster("scancel", "--batch", "--signal=USR1", job)
+    until(lambda: said("stopped with a checkpoint; queued again"))
+    stopped = len(losses(out))
+    assert 2 < stopped < 120
+
+    # Meanwhile the same in one go.
+    straight = tmp_path / "straight"
+    command = [sys.executable, "-m", "train.launch", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*command, "-m", "train", config, f"out={straight}"], check=True, capture_output=True
+    )
+
+    # One of the nodes loses everything that the job runs there.
+    until(lambda: len(losses(out)) > stopped + 2)
+    cluster.kill(SLURMD_NODENAME="node2", SLURM_JOB_ID=job)
+    until(lambda: said("1 of 3 times; queued again"))
+    assert said("slurm.sh") and len(losses(out)) < 120
+
+    until(lambda: said("exported after 120 steps") and not cluster("squeue", "-h").strip())
+    assert "JobState=COMPLETED" in cluster("scontrol", "show", "job", job)
+    assert log.read_text().count("slurm.sh: ") == 5  # three starts, queued again twice
+    assert losses(out) == losses(straight)
+    weights, others = (
+        load_file(folder / "model" / "vae.safetensors") for folder in (out, straight)
+    )
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        assert value.equal(others[name]), name

@@ -1,0 +1,116 @@
+"""Memory that a step takes for a while, in any layout, from a few measured steps.
+
+A DiT's blocks are alike, and so are the samples of a batch: what a few blocks, one sample and two take
+(train/plan_measure.py) says what many do. Nothing is measured before a layout asks for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from data.buckets import Size
+from train.plan_measure import Case, Measured, Storages, measure
+from train.recipe import Batch, Recipe
+from train.recipe_dit import DiTRecipe
+
+FEW = 2, 3  # blocks that are measured in place of all
+RANKS = 8  # among which weights are spread to measure what takes place around sharded ones
+# Of what a block keeps for the backward pass, where torch.compile's partitioner decides: between 0.71
+# and 0.75 of it in the presets.
+COMPILED_SHARE = 0.75
+
+
+@dataclass(frozen=True)
+class Most:
+    """Bytes at most, beside weights, gradients, optimizer and averages: in the forward and backward
+    passes; when all gradients but the first block's are there; while weights are updated."""
+
+    step: float
+    last: float
+    update: float
+
+
+class Activations:
+    """Of a recipe on the meta device, in bytes of a rank; for the largest of its clips."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.size: Size = max(recipe.config.data.sizes, key=math.prod)
+        self.num_blocks = len(recipe.dit.blocks) if isinstance(recipe, DiTRecipe) else 0
+        self._measured = lru_cache(maxsize=None)(self._measure)
+
+    def most(self, mode: str, *, sharded: bool, context: int, micro_batch: int) -> Most:
+        """For a micro-batch, with activation checkpointing of a mode.
+
+        Args:
+            sharded: whether weights are spread over ranks, and gathered when they are needed.
+            context: ranks that share each sample.
+        """
+
+        def at(blocks: int | None, figure: Callable[[Measured], float]) -> float:
+            # What does not grow with the batch: seen from one sample and two, without contexts. Where
+            # weights are sharded it does not grow with the blocks either.
+            few = FEW[0] if sharded and blocks in FEW else blocks
+            one, two = (figure(self._measured(mode, sharded, 1, few, n)) for n in (1, 2))
+            fixed = 2 * one - two
+            sample = figure(self._measured(mode, sharded, context, blocks, 1)) - fixed
+            return fixed + micro_batch * sample
+
+        if not self.num_blocks:
+            return Most(
+                at(None, lambda m: m.step),
+                at(None, lambda m: m.peak - sum(m.state.values())),
+                at(None, lambda m: m.update),
+            )
+        if self.num_blocks <= FEW[1]:
+            step, update = (at(self.num_blocks, f) for f in (_step, _update))
+            return Most(step, at(1, _step), update)
+        lower, upper = (at(blocks, _step) for blocks in FEW)
+        kept = upper - lower
+        step = lower + (self.num_blocks - FEW[0]) * kept
+        if mode == "none" and self.recipe.config.train.compile:
+            step -= (1 - COMPILED_SHARE) * kept * self.num_blocks
+        updates = [at(blocks, _update) for blocks in FEW]
+        update = updates[0] + (self.num_blocks - FEW[0]) * (updates[1] - updates[0])
+        return Most(step, lower - kept, update)
+
+    def _measure(
+        self, mode: str, sharded: bool, context: int, blocks: int | None, micro_batch: int
+    ) -> Measured:
+        shard = max(1, RANKS // context) if sharded else 1
+        case = Case(mode, shard, context, micro_batch, num_blocks=blocks)
+        return measure(self.recipe, case, self.size)
+
+    @lru_cache(maxsize=1)  # noqa: B019 (as long-lived as this)
+    def encoding(self) -> float:
+        """Bytes at most, per sample, while the frozen VAE encodes a clip."""
+        batch = self._batch()
+        if not isinstance(self.recipe, DiTRecipe) or "video" not in batch:
+            return 0.0
+        with torch.no_grad(), Storages() as storages:
+            self.recipe.encode(batch["video"], batch["posterior_noise"])
+            storages.end_of("encoding")
+        return float(storages.peaks["encoding"][0])
+
+    def batch_bytes(self) -> tuple[float, float]:
+        """Of one sample as the loader gives it, and how much of that is not in what is measured."""
+        batch = self._batch()
+        names = ("video", "posterior_noise") if "ids" in batch else ()
+        sizes = {name: tensor.nbytes for name, tensor in batch.items()}
+        return float(sum(sizes.values())), float(sum(sizes.get(name, 0) for name in names))
+
+    def _batch(self) -> Batch:
+        return self.recipe.example_batch(1, "meta", self.size)
+
+
+def _step(measured: Measured) -> float:
+    return measured.step
+
+
+def _update(measured: Measured) -> float:
+    return measured.update

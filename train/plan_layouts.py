@@ -1,0 +1,195 @@
+"""Ways to lay a run out over GPUs, and what each costs: memory, communication, time.
+
+Closed forms over the figures that train/plan_work.py counts and train/plan_measure.py measures. The
+assumptions are constants here, and the report states them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dit.transformer import DiTConfig
+from train.config import RunConfig
+from train.gpus import GPU
+from train.plan_activations import Activations
+from train.plan_work import Parameter, Work, count_work, list_parameters, total
+from train.recipe import Recipe
+from train.recipe_dit import DiTRecipe
+
+GIB = 2**30
+SPARE = 2 * GIB, 0.05  # bytes, and share of a GPU, for CUDA, NCCL, workspaces and fragmentation
+LINK_SHARE = 0.8  # of its rate that an exchange reaches
+HOP = 10e-6  # seconds that each hop of a ring takes, however little it carries
+TF32_SHARE = 0.5  # of the bfloat16 rate, in which a GPU computes the frozen VAE's convolutions
+SELECTIVE = 0.1  # of a forward pass's time, to compute anew all but products
+# Shares of a GPU's peak rate at which products and convolutions run: the least and the most expected.
+EFFICIENCY = {
+    "dit compiled": (0.4, 0.6),
+    "dit": (0.25, 0.45),
+    "vae": (0.15, 0.35),
+    "float32": (0.4, 0.7),
+}
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The GPUs of a run, of one kind and evenly spread over nodes."""
+
+    gpu: GPU
+    name: str
+    gpus: int
+    nodes: int
+    network: float  # bytes a second between nodes, of each GPU, in one direction
+
+    @property
+    def per_node(self) -> int:
+        return self.gpus // self.nodes
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU's memory that tensors may take."""
+        return self.gpu.memory * (1 - SPARE[1]) - SPARE[0]
+
+    def rate(self, size: int, stride: int) -> float:
+        """Bytes a second that each rank of a ring receives, of `size` ranks, each `stride` ranks from
+        the next. A ring passes each border between nodes once, for which all its ranks there lend it
+        their networks."""
+        span = size * stride
+        if span <= self.per_node:
+            return self.gpu.link * LINK_SHARE
+        members = max(1, self.per_node // stride)
+        return min(self.gpu.link, self.network * members) * LINK_SHARE
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How GPUs share a step."""
+
+    gpus: int
+    shard: int
+    context: int
+    activation_checkpointing: str
+    grad_accum: int
+    micro_batch: int
+
+    @property
+    def weight_ranks(self) -> int:
+        """Ranks among which a copy of the weights is spread."""
+        return self.shard * self.context
+
+    @property
+    def replicas(self) -> int:
+        return self.gpus // self.weight_ranks
+
+    def overrides(self) -> str:
+        """What to write behind a command that trains."""
+        return (
+            f"train.parallel.shard={self.shard} train.parallel.context={self.context} "
+            f"train.activation_checkpointing={self.activation_checkpointing} "
+            f"train.grad_accum={self.grad_accum}"
+        )
+
+
+def own_layout(config: RunConfig, gpus: int) -> Layout:
+    """The config's.
+
+    Raises:
+        ValueError: it does not divide so many GPUs, or the batch does not divide among them.
+    """
+    train, parallel = config.train, config.train.parallel
+    shard = gpus // parallel.context if parallel.shard == "auto" else parallel.shard
+    shard = max(1, shard)
+    if gpus % (shard * parallel.context):
+        raise ValueError(
+            f"train.parallel.shard={parallel.shard} x context={parallel.context} does not divide "
+            f"{gpus} GPUs"
+        )
+    parts = gpus // parallel.context * train.grad_accum
+    if train.batch_size % parts:
+        raise ValueError(
+            f"train.batch_size={train.batch_size} does not divide into {gpus // parallel.context} "
+            f"groups of GPUs x train.grad_accum={train.grad_accum}"
+        )
+    return Layout(
+        *(gpus, shard, parallel.context, train.activation_checkpointing, train.grad_accum),
+        micro_batch=train.batch_size // parts,
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a run is, wherever it runs."""
+
+    config: RunConfig
+    work: Work
+    parameters: list[Parameter]
+    activations: Activations
+    buffers: float  # bytes of the networks that are no parameters
+    dit: DiTConfig | None
+
+    @property
+    def num_blocks(self) -> int:
+        return self.activations.num_blocks
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank, by kind."""
+
+    parameters: float  # with frozen networks
+    gradients: float
+    optimizer: float
+    ema: float
+    activations: float  # at most, with all else that lives for a part of a step
+    peak: float  # less than the sum where gradients come as activations go
+    validation: float  # weights and what stays beside them while all weights are gathered
+
+
+def memory(model: Model, layout: Layout) -> Memory:
+    """Of a layout's ranks at most."""
+    ranks, micro, accum = layout.weight_ranks, layout.micro_batch, layout.grad_accum
+    trained = [p for p in model.parameters if p.trained]
+    weights = total(p.bytes_each * p.held(ranks) for p in model.parameters) + model.buffers
+    gradients = total(p.bytes_each * p.held(ranks) for p in trained)
+    states = total(4 * p.num_states * p.held(ranks) for p in trained)
+    offload = model.config.train.ema.offload
+    averages = 0.0 if offload else total(4 * p.held(ranks) for p in trained if p.averaged)
+    most = model.activations.most(
+        layout.activation_checkpointing,
+        sharded=ranks > 1,
+        context=layout.context,
+        micro_batch=micro,
+    )
+    whole_batch, unmeasured = model.activations.batch_bytes()
+    batches = micro * (unmeasured + (accum - 1) * whole_batch)
+    if ranks > 1 and accum > 1:  # kept whole until the last micro-batch brings them together
+        batches += total(4 * p.size for p in trained if p.unit in ("block", "rest"))
+    activations = max(most.step + batches, micro * model.activations.encoding() + batches)
+    # DistributedDataParallel keeps its buckets; accumulated gradients are there from the start.
+    always = accum > 1 or (ranks == 1 and layout.gpus > 1)
+    first = total(p.bytes_each * p.held(ranks) for p in trained if p.unit == "block")
+    first /= max(1, model.num_blocks)
+    together = activations + gradients
+    if not always:
+        together = max(activations, gradients - first + most.last + batches)
+    together = max(together, gradients + most.update + batches)
+    base = weights + states + averages
+    copies = total(p.bytes_each * p.held(ranks) for p in trained)
+    gathered = 0.0 if ranks == 1 else gathered_bytes(model, "block") + gathered_bytes(model, "rest")
+    validation = base + copies + gathered + (gradients if ranks == 1 and layout.gpus > 1 else 0)
+    return Memory(weights, gradients, states, averages, activations, base + together, validation)
+
+
+def gathered_bytes(model: Model, unit: str) -> float:
+    """Of all parameters of a unit as they are when sharded ones are gathered."""
+    half = model.config.train.dtype == "bfloat16" and unit == "block"
+    sizes = ((p.size, p.bytes_each) for p in model.parameters if p.unit == unit)
+    return total(size * (min(2, each) if half else each) for size, each in sizes)
+
+
+def model_of(recipe: Recipe) -> Model:
+    """Counts and, when asked, measures a recipe on the meta device."""
+    buffers = total(buffer.nbytes for buffer in recipe.buffers())
+    dit = recipe.dit.config if isinstance(recipe, DiTRecipe) else None
+    parameters, work = list_parameters(recipe), count_work(recipe)
+    return Model(recipe.config, work, parameters, Activations(recipe), buffers, dit)
