@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test chaos lint format bench clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2
+
+# Kills runs with SIGKILL, ten times each, and continues them; the result goes to docs/chaos.md.
+chaos: setup
+	CHAOS_KILLS=10 $(BIN)/python -m pytest tests/distributed/test_chaos.py -k long
 
 # ruff (lint and format) and pyright, as .pre-commit-config.yaml lists them
 lint: setup

@@ -75,7 +75,8 @@ class PerceptualDistance(nn.Module):
         """
         self._check(first, second)
         frames = first.shape[2]
-        with torch.autocast(first.device.type, enabled=False):
+        device = first.device.type  # meta, where runs are counted, has no autocast to be disabled
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
             pair = [
                 self.features(rearrange(v, "b c f h w -> (b f) c h w")) for v in (first, second)
             ]

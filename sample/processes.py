@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 # From the slowest-changing axis to neighbouring ranks, which are in one machine and quickest to reach.
@@ -141,9 +142,22 @@ def start(
         return Ranks(0, 1, device, None)
     sizes = layout(int(os.environ["WORLD_SIZE"]), shard, context)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    _join(backend, timedelta(seconds=timeout))
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, mesh, context)
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Makes the process group that torchrun describes.
+
+    When torchrun starts processes again, its store still has the addresses of those before, which
+    whoever is there first would try to reach: so each attempt has a part of the store of its own.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-of-{world_size}"
+    store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _num_threads(threads: int | str) -> int:

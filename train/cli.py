@@ -111,9 +111,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _complain(ValueError(f"{message}{see}"))
         sys.exit(2)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        known = not isinstance(error, RuntimeError) or _is_resource_error(error)
+        lost = isinstance(error, RuntimeError) and _is_lost_contact(error)
+        known = lost or not isinstance(error, RuntimeError) or _is_resource_error(error)
         if not known or os.environ.get("ZOETROPE_TRACEBACK") == "1":
             raise
+        if lost:
+            reason = str(error).strip().splitlines()[0]
+            error = ValueError(
+                f"lost contact with another process of this run; see what that one says ({reason})"
+            )
         _complain(error)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
@@ -123,6 +129,12 @@ def _is_resource_error(error: RuntimeError) -> bool:
     """Whether the machine, not the program, is at fault."""
     signs = ("out of memory", "can't allocate memory", "DataLoader worker", "PytorchStreamWriter")
     return any(sign in str(error) for sign in signs)
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    """Whether an exchange with other ranks failed, as when one of them has ended."""
+    kinds = ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return type(error).__name__ in kinds or "/gloo/" in str(error)
 
 
 def _complain(error: Exception) -> None:

@@ -1,9 +1,10 @@
 """torchrun for a scheduler: `python -m train.launch [torchrun's options] -m train CONFIG ...` (Linux).
 
-torchrun ends with 1 however its processes ended, and kills them 30 seconds after a SIGTERM. A scheduler has
-to know whether a run was stopped and wants to be started again (75), is done (0), or was a mistake (2), and
-gives a grace period of its own. So this is torchrun with two differences: it ends as its processes did, and
-SIGTERM and SIGUSR1 only tell them to stop, however long their last checkpoint takes.
+torchrun ends with 1 however its processes ended, and kills them 30 seconds after a SIGTERM. A
+scheduler has to know whether a run was stopped and wants to be started again (75), is done (0), or
+was a mistake (2), and gives a grace period of its own. So this is torchrun with two differences: it
+ends as its processes did, and SIGTERM and SIGUSR1 only tell them to stop, however long their last
+checkpoint takes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
+from train.stopping import EXIT_REQUEUE, PREEMPTIONS
+
 _TERMINATED = 128 + signal.SIGTERM
 
 
@@ -29,14 +32,17 @@ def main() -> None:
         print("zoetrope: error: --max-restarts is the scheduler's here; use 0", file=sys.stderr)
         sys.exit(2)
     arguments.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # of torchrun's own, which we leave to it
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in PREEMPTIONS:
         signal.signal(number, _pass_on)
     try:
         run(arguments)
     except ChildFailedError as error:
         sys.exit(exit_code(error.failures.values()))
     except RendezvousError as error:
-        print(f"zoetrope: error: this node and the first one lost each other: {error}", file=sys.stderr)
+        print(
+            f"zoetrope: error: this node and the first one lost each other: {error}",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 
@@ -50,7 +56,7 @@ def exit_code(failures: Iterable[ProcessFailure]) -> int:
         failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
         for failure in sorted(failures, key=lambda failure: failure.timestamp)
     ]
-    causes = [code for code in codes if code not in (os.EX_TEMPFAIL, _TERMINATED)]
+    causes = [code for code in codes if code not in (EXIT_REQUEUE, _TERMINATED)]
     return causes[0] if causes else min(codes)
 
 
@@ -60,7 +66,7 @@ def _pass_on(number: int, frame: FrameType | None) -> None:
         return
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     if not children:  # still waiting for other nodes
-        sys.exit(os.EX_TEMPFAIL)
+        sys.exit(EXIT_REQUEUE)
     for child in children:
         os.kill(int(child), number)
 

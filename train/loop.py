@@ -104,7 +104,8 @@ def _train(
     batches = islice(loader.batch_sampler or (), config.train.grad_accum)
     numbers = [number for batch in batches for number in batch]
     check_disjoint(numbers, start_step * config.train.batch_size, ranks)
-    log = RunLog(config, ranks, start_step)
+    # The row that the checkpoint leaves to this start may be there already, from one that got no further.
+    log = RunLog(config, ranks, start_step - bool(saved.get("unreported")))
     log.say(describe_run(config, state, ranks, start_step))
     run = Run(
         *(config, ranks, recipe, model, state, frozen, log),
@@ -133,6 +134,7 @@ def _train(
                 run.save(done, data, wait=True, unreported=True)
                 log.say(f"stopped after step {done}; the same command goes on from here")
                 log.close(exit_code)
+                del items  # ends the loader's processes, which ignore what Python ends them with
                 raise SystemExit(exit_code)
             run.report(done)
             if last or due:

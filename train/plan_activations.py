@@ -7,7 +7,6 @@ A DiT's blocks are alike, and so are the samples of a batch: what a few blocks, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,7 +17,11 @@ from train.plan_measure import Case, Measured, Storages, measure
 from train.recipe import Batch, Recipe
 from train.recipe_dit import DiTRecipe
 
-FEW = 2, 3  # blocks that are measured in place of all
+FEW = (
+    4,
+    5,
+)  # blocks that are measured in place of all: with fewer, FSDP has not all in flight that it has
+PASSES = "forward", "backward"
 RANKS = 8  # among which weights are spread to measure what takes place around sharded ones
 # Of what a block keeps for the backward pass, where torch.compile's partitioner decides: between 0.71
 # and 0.75 of it in the presets.
@@ -52,32 +55,37 @@ class Activations:
             context: ranks that share each sample.
         """
 
-        def at(blocks: int | None, figure: Callable[[Measured], float]) -> float:
+        def at(blocks: int | None, phase: str, *, gradients: bool = False) -> float:
             # What does not grow with the batch: seen from one sample and two, without contexts. Where
             # weights are sharded it does not grow with the blocks either.
             few = FEW[0] if sharded and blocks in FEW else blocks
-            one, two = (figure(self._measured(mode, sharded, 1, few, n)) for n in (1, 2))
-            fixed = 2 * one - two
-            sample = figure(self._measured(mode, sharded, context, blocks, 1)) - fixed
-            return fixed + micro_batch * sample
+            figures = [
+                (m.together if gradients else m.other)[phase]
+                for m in (
+                    self._measured(mode, sharded, 1, few, 1),
+                    self._measured(mode, sharded, 1, few, 2),
+                    self._measured(mode, sharded, context, blocks, 1),
+                )
+            ]
+            fixed = 2 * figures[0] - figures[1]
+            return fixed + micro_batch * (figures[2] - fixed)
 
+        update = float(self._updates(sharded))
         if not self.num_blocks:
-            return Most(
-                at(None, lambda m: m.step),
-                at(None, lambda m: m.peak - sum(m.state.values())),
-                at(None, lambda m: m.update),
-            )
+            forward, backward = at(None, "forward"), at(None, "backward")
+            together = at(None, "backward", gradients=True)
+            gradients = self._measured(mode, sharded, 1, None, 1).state["gradients"]
+            return Most(max(forward, backward), together - gradients, update)
         if self.num_blocks <= FEW[1]:
-            step, update = (at(self.num_blocks, f) for f in (_step, _update))
-            return Most(step, at(1, _step), update)
-        lower, upper = (at(blocks, _step) for blocks in FEW)
-        kept = upper - lower
-        step = lower + (self.num_blocks - FEW[0]) * kept
+            forward, backward = (at(self.num_blocks, phase) for phase in PASSES)
+            return Most(max(forward, backward), at(1, "backward"), update)
+        lower, upper = ([at(blocks, phase) for phase in PASSES] for blocks in FEW)
+        kept = [b - a for a, b in zip(lower, upper)]
+        all_of = [a + (self.num_blocks - FEW[0]) * b for a, b in zip(lower, kept)]
         if mode == "none" and self.recipe.config.train.compile:
-            step -= (1 - COMPILED_SHARE) * kept * self.num_blocks
-        updates = [at(blocks, _update) for blocks in FEW]
-        update = updates[0] + (self.num_blocks - FEW[0]) * (updates[1] - updates[0])
-        return Most(step, lower - kept, update)
+            saving = (1 - COMPILED_SHARE) * self.num_blocks
+            all_of = [whole - saving * each for whole, each in zip(all_of, kept)]
+        return Most(max(all_of), lower[1] - (FEW[0] - 1) * kept[1], update)
 
     def _measure(
         self, mode: str, sharded: bool, context: int, blocks: int | None, micro_batch: int
@@ -85,6 +93,20 @@ class Activations:
         shard = max(1, RANKS // context) if sharded else 1
         case = Case(mode, shard, context, micro_batch, num_blocks=blocks)
         return measure(self.recipe, case, self.size)
+
+    @lru_cache(maxsize=2)  # noqa: B019 (as long-lived as this)
+    def _updates(self, sharded: bool) -> float:
+        """Bytes at most while weights are updated."""
+        shard = RANKS if sharded else 1
+        few = FEW if self.num_blocks > FEW[1] else (self.num_blocks or None,)
+        most = [
+            measure(self.recipe, Case("none", shard, num_blocks=n, num_steps=2), self.size)
+            for n in few
+        ]
+        figures = [float(measured.other["update"]) for measured in most]
+        if len(figures) == 1:
+            return figures[0]
+        return figures[0] + (self.num_blocks - FEW[0]) * (figures[1] - figures[0])
 
     @lru_cache(maxsize=1)  # noqa: B019 (as long-lived as this)
     def encoding(self) -> float:
@@ -95,7 +117,7 @@ class Activations:
         with torch.no_grad(), Storages() as storages:
             self.recipe.encode(batch["video"], batch["posterior_noise"])
             storages.end_of("encoding")
-        return float(storages.peaks["encoding"][0])
+        return float(storages.other["encoding"])
 
     def batch_bytes(self) -> tuple[float, float]:
         """Of one sample as the loader gives it, and how much of that is not in what is measured."""
@@ -106,11 +128,3 @@ class Activations:
 
     def _batch(self) -> Batch:
         return self.recipe.example_batch(1, "meta", self.size)
-
-
-def _step(measured: Measured) -> float:
-    return measured.step
-
-
-def _update(measured: Measured) -> float:
-    return measured.update

@@ -6,7 +6,7 @@ assumptions are constants here, and the report states them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dit.transformer import DiTConfig
 from train.config import RunConfig
@@ -19,16 +19,6 @@ from train.recipe_dit import DiTRecipe
 GIB = 2**30
 SPARE = 2 * GIB, 0.05  # bytes, and share of a GPU, for CUDA, NCCL, workspaces and fragmentation
 LINK_SHARE = 0.8  # of its rate that an exchange reaches
-HOP = 10e-6  # seconds that each hop of a ring takes, however little it carries
-TF32_SHARE = 0.5  # of the bfloat16 rate, in which a GPU computes the frozen VAE's convolutions
-SELECTIVE = 0.1  # of a forward pass's time, to compute anew all but products
-# Shares of a GPU's peak rate at which products and convolutions run: the least and the most expected.
-EFFICIENCY = {
-    "dit compiled": (0.4, 0.6),
-    "dit": (0.25, 0.45),
-    "vae": (0.15, 0.35),
-    "float32": (0.4, 0.7),
-}
 
 
 @dataclass(frozen=True)
@@ -125,59 +115,72 @@ class Model:
     parameters: list[Parameter]
     activations: Activations
     buffers: float  # bytes of the networks that are no parameters
+    num_units: int  # that weights are gathered in
     dit: DiTConfig | None
 
     @property
     def num_blocks(self) -> int:
+        """Of a DiT, else 0."""
         return self.activations.num_blocks
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank, by kind."""
+    """Bytes of a rank at most, by kind."""
 
     parameters: float  # with frozen networks
     gradients: float
     optimizer: float
     ema: float
-    activations: float  # at most, with all else that lives for a part of a step
-    peak: float  # less than the sum where gradients come as activations go
-    validation: float  # weights and what stays beside them while all weights are gathered
+    activations: float  # and whatever else lives for a part of a step, such as gathered weights
+    step: float  # of all kinds together, which do not all have their most at one time
+    validation: float  # weights, and what stays beside them, while all weights are gathered
+
+    @property
+    def peak(self) -> float:
+        return max(self.step, self.validation)
+
+
+def states(model: Model, layout: Layout) -> Memory:
+    """The part that follows from the parameters; `step` is what is there between steps."""
+    ranks = layout.weight_ranks
+    trained = [p for p in model.parameters if p.trained]
+    weights = total(p.bytes_each * p.held(ranks) for p in model.parameters) + model.buffers
+    own = total(p.bytes_each * p.held(ranks) for p in trained)
+    optimizer = total(4 * p.num_states * p.held(ranks) for p in trained)
+    offload = model.config.train.ema.offload
+    averages = 0.0 if offload else total(4 * p.held(ranks) for p in trained if p.averaged)
+    base = weights + optimizer + averages
+    # While validating, the weights make room for the averages.
+    validation = base + own
+    if ranks > 1:
+        validation += gathered_bytes(model, "block") + gathered_bytes(model, "rest")
+    elif layout.gpus > 1:  # the buckets of DistributedDataParallel stay
+        validation += own
+    # Sharded gradients stay whole until the last micro-batch, after which they are shared out.
+    whole = ranks > 1 and layout.grad_accum > 1
+    gradients = total(4 * p.size for p in trained) if whole else own
+    return Memory(weights, gradients, optimizer, averages, 0.0, base, validation)
 
 
 def memory(model: Model, layout: Layout) -> Memory:
-    """Of a layout's ranks at most."""
+    """Of a layout's ranks."""
+    known = states(model, layout)
     ranks, micro, accum = layout.weight_ranks, layout.micro_batch, layout.grad_accum
-    trained = [p for p in model.parameters if p.trained]
-    weights = total(p.bytes_each * p.held(ranks) for p in model.parameters) + model.buffers
-    gradients = total(p.bytes_each * p.held(ranks) for p in trained)
-    states = total(4 * p.num_states * p.held(ranks) for p in trained)
-    offload = model.config.train.ema.offload
-    averages = 0.0 if offload else total(4 * p.held(ranks) for p in trained if p.averaged)
-    most = model.activations.most(
-        layout.activation_checkpointing,
-        sharded=ranks > 1,
-        context=layout.context,
-        micro_batch=micro,
-    )
+    mode, context = layout.activation_checkpointing, layout.context
+    most = model.activations.most(mode, sharded=ranks > 1, context=context, micro_batch=micro)
     whole_batch, unmeasured = model.activations.batch_bytes()
     batches = micro * (unmeasured + (accum - 1) * whole_batch)
-    if ranks > 1 and accum > 1:  # kept whole until the last micro-batch brings them together
-        batches += total(4 * p.size for p in trained if p.unit in ("block", "rest"))
-    activations = max(most.step + batches, micro * model.activations.encoding() + batches)
-    # DistributedDataParallel keeps its buckets; accumulated gradients are there from the start.
-    always = accum > 1 or (ranks == 1 and layout.gpus > 1)
-    first = total(p.bytes_each * p.held(ranks) for p in trained if p.unit == "block")
-    first /= max(1, model.num_blocks)
-    together = activations + gradients
-    if not always:
-        together = max(activations, gradients - first + most.last + batches)
-    together = max(together, gradients + most.update + batches)
-    base = weights + states + averages
-    copies = total(p.bytes_each * p.held(ranks) for p in trained)
-    gathered = 0.0 if ranks == 1 else gathered_bytes(model, "block") + gathered_bytes(model, "rest")
-    validation = base + copies + gathered + (gradients if ranks == 1 and layout.gpus > 1 else 0)
-    return Memory(weights, gradients, states, averages, activations, base + together, validation)
+    activations = max(most.step, micro * model.activations.encoding()) + batches
+    together = known.gradients + activations
+    # Gradients that are not there from the start come block by block, as activations go.
+    if accum == 1 and not (ranks == 1 and layout.gpus > 1):
+        blocks = (p for p in model.parameters if p.trained and p.unit == "block")
+        first = total(p.bytes_each * p.held(ranks) for p in blocks) / max(1, model.num_blocks)
+        first *= model.num_blocks > 0
+        together = max(activations, known.gradients - first + most.last + batches)
+    together = max(together, known.gradients + most.update + batches)
+    return replace(known, activations=activations, step=known.step + together)
 
 
 def gathered_bytes(model: Model, unit: str) -> float:
@@ -192,4 +195,5 @@ def model_of(recipe: Recipe) -> Model:
     buffers = total(buffer.nbytes for buffer in recipe.buffers())
     dit = recipe.dit.config if isinstance(recipe, DiTRecipe) else None
     parameters, work = list_parameters(recipe), count_work(recipe)
-    return Model(recipe.config, work, parameters, Activations(recipe), buffers, dit)
+    units = len(recipe.blocks()) + 1
+    return Model(recipe.config, work, parameters, Activations(recipe), buffers, units, dit)

@@ -32,7 +32,8 @@ from torch.utils._pytree import tree_leaves
 from data.buckets import Size
 from dit.transformer import DiT
 from sample.processes import AXES, Ranks
-from train.config import RunConfig
+from train.checkpoint import TrainState
+from train.config import RunConfig, TrainConfig
 from train.optim import clip_gradients, step_optimizer
 from train.parallel import (
     average_copies,
@@ -44,6 +45,7 @@ from train.parallel import (
 )
 from train.recipe import Batch, Recipe
 from train.recipe_dit import DiTRecipe
+from train.recipe_vae import VAERecipe
 from train.setup import fresh_state
 
 KINDS = ("parameters", "gradients", "optimizer", "ema", "other")
@@ -59,17 +61,17 @@ class Case:
     micro_batch: int = 1
     grad_accum: int = 1
     num_blocks: int | None = None  # of a DiT, the first so many; None: all
+    num_steps: int = 1  # with 1 there is no update, and no optimizer state; with more, both
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes of one rank: what is alive between steps by kind, the most of anything else in the parts
-    of a step, and the most of all in the whole step."""
+    """Bytes of one rank: what is alive in the end, by kind; and at most in each phase of a step, of
+    `other` alone and together with the gradients there are."""
 
     state: dict[str, int]
-    step: int  # most of `other` in the forward and the backward pass
-    update: int  # and from there on
-    peak: int  # most of everything, in the second step and later
+    other: dict[str, int]  # by phase: forward, backward, update
+    together: dict[str, int]
 
 
 class Storages(TorchDispatchMode):
@@ -79,14 +81,15 @@ class Storages(TorchDispatchMode):
         super().__init__()
         self.alive: dict[int, tuple[int, str]] = {}  # by storage: bytes and kind
         self.now: Counter[str] = Counter()
-        self.peaks: dict[str, tuple[int, int]] = {}  # by phase: most of `other`, and of all
+        self.other: dict[str, int] = {}  # by phase, at most
+        self.together: dict[str, int] = {}  # with gradients
         self._most = 0, 0
 
     def end_of(self, phase: str) -> None:
         """Takes note of the peaks since the last phase."""
-        before = self.peaks.get(phase, (0, 0))
-        self.peaks[phase] = max(before[0], self._most[0]), max(before[1], self._most[1])
-        self._most = self.now["other"], self.now.total()
+        for known, most in zip((self.other, self.together), self._most):
+            known[phase] = max(known.get(phase, 0), most)
+        self._most = self.now["other"], self.now["other"] + self.now["gradients"]
 
     def mark(self, tensor: Tensor, kind: str) -> None:
         """Counts the tensor's storage as of a kind."""
@@ -111,8 +114,8 @@ class Storages(TorchDispatchMode):
         self.now[old_kind] -= before
         self.now[kind] += size
         self.alive[key] = size, kind
-        other, everything = self._most
-        self._most = max(other, self.now["other"]), max(everything, self.now.total())
+        other = self.now["other"]
+        self._most = max(self._most[0], other), max(self._most[1], other + self.now["gradients"])
 
     def __enter__(self) -> Storages:
         # FSDP frees gathered weights by resizing their storages, which no dispatch mode sees.
@@ -124,7 +127,7 @@ class Storages(TorchDispatchMode):
                 self._resize(storage._cdata, size, self.alive[storage._cdata][1])
             return result
 
-        torch.UntypedStorage.resize_ = resize
+        setattr(torch.UntypedStorage, "resize_", resize)  # noqa: B010 (its type says otherwise)
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
@@ -177,13 +180,18 @@ def measure(recipe: Recipe, case: Case, size: Size) -> Measured:
     if "video" in batch and "ids" in batch:  # the VAE has been there
         batch["latents"] = batch["noise"]
         del batch["video"], batch["posterior_noise"]
+    if isinstance(recipe, VAERecipe) and recipe.adversarial is not None:  # with its dearest term
+        interval = recipe.adversarial.config.r1_interval
+        batch["step"] = batch["step"] // interval * interval
+    # Some are numbers that the recipe reads, which fake tensors made of others do not know.
+    example = {name: x if x.is_meta else x.item() for name, x in batch.items()}
     with fake_ranks(case.shard, case.context) as ranks, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # FSDP's, of views and of accumulated gradients
         recipe, mesh = _prepared(recipe, case, ranks), weights_mesh(ranks)
         with FakeTensorMode(), Storages() as storages:
             recipe._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))
             _parallelize(recipe, ranks, mesh)
-            return _steps(recipe, case, batch, ranks, storages)
+            return _steps(recipe, case, example, ranks, storages)
 
 
 def _parallelize(recipe: Recipe, ranks: Ranks, mesh: DeviceMesh | None) -> None:
@@ -243,18 +251,20 @@ def _in_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (inputs[0].float(), *inputs[1:])
 
 
-def _fake(batch: Batch) -> Batch:
-    """Tensors of their own: those of an example may stand for several. Single numbers are read."""
+def _fake(example: dict[str, Tensor | float]) -> Batch:
+    """Tensors of their own, where one of an example may stand for several."""
     return {
-        name: torch.tensor(value.item())
-        if not value.ndim
-        else torch.zeros(value.shape, dtype=value.dtype)
-        for name, value in batch.items()
+        name: torch.zeros(value.shape, dtype=value.dtype)
+        if isinstance(value, Tensor)
+        else torch.tensor(value)
+        for name, value in example.items()
     }
 
 
-def _steps(recipe: Recipe, case: Case, batch: Batch, ranks: Ranks, storages: Storages) -> Measured:
-    """Two steps, of which the second counts: in the first one the optimizer has no state yet."""
+def _steps(
+    recipe: Recipe, case: Case, example: dict[str, Tensor | float], ranks: Ranks, storages: Storages
+) -> Measured:
+    """The last step counts."""
     config = recipe.config.train
     state = fresh_state(recipe, config)
     for parameter in recipe.parameters():
@@ -263,34 +273,42 @@ def _steps(recipe: Recipe, case: Case, batch: Batch, ranks: Ranks, storages: Sto
             parameter.register_post_accumulate_grad_hook(partial(_mark_gradient, storages))
     for average in state.ema.weights.values():
         storages.mark(average, "ema")
-    for step in range(2):
-        storages.peaks.clear()
-        batches = [_fake(batch) for _ in range(case.grad_accum)]
+    for step in range(case.num_steps):
+        storages.end_of("what was before")
+        storages.other.clear()
+        storages.together.clear()
+        batches = [_fake(example) for _ in range(case.grad_accum)]
         for micro, fake in enumerate(batches):
-            with keep_local(recipe, micro < case.grad_accum - 1):
-                with torch.autocast(
-                    "cpu", dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"
-                ):
-                    losses, _ = recipe(fake)
-                losses.sum().backward()
+            _forward_and_backward(recipe, fake, micro == case.grad_accum - 1, storages)
         average_copies(recipe, ranks)
-        storages.end_of("step")
-        for group in state.groups:
-            clip_gradients(group.parameters.values(), config.grad_clip)
-        step_optimizer(state.optimizer, config.optimizer.lr, config.steps)
-        for values in state.optimizer.state.values():
-            for value in values.values():
-                storages.mark(value, "optimizer")
-        counts = dict(storages.now)
-        state.optimizer.zero_grad()
-        state.ema.update(step)
-        storages.end_of("update")
-        del batches, fake, losses
-    counts.pop("other")
-    peaks = storages.peaks
-    other = {phase: most for phase, (most, _) in peaks.items()}
-    whole = max(everything for _, everything in peaks.values())
-    return Measured(counts, other["step"], other["update"], whole)
+        storages.end_of("backward")
+        if case.num_steps > 1:
+            _update(state, step, config, storages)
+        del batches, fake
+    counts = {kind: size for kind, size in storages.now.items() if kind != "other"}
+    return Measured(counts, storages.other, storages.together)
+
+
+def _forward_and_backward(recipe: Recipe, batch: Batch, last: bool, storages: Storages) -> None:
+    half = recipe.config.train.dtype == "bfloat16"
+    with keep_local(recipe, not last):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            losses, _ = recipe(batch)
+        storages.end_of("forward")
+        losses.sum().backward()
+    storages.end_of("backward")
+
+
+def _update(state: TrainState, step: int, config: TrainConfig, storages: Storages) -> None:
+    for group in state.groups:
+        clip_gradients(group.parameters.values(), config.grad_clip)
+    step_optimizer(state.optimizer, config.optimizer.lr, config.steps)
+    for values in state.optimizer.state.values():
+        for value in values.values():
+            storages.mark(value, "optimizer")
+    state.optimizer.zero_grad()
+    state.ema.update(step)
+    storages.end_of("update")
 
 
 def _mark_gradient(storages: Storages, parameter: Tensor) -> None:

@@ -54,7 +54,8 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], video: Tensor) -> Tens
     Args:
         video: (b 3 f h w).
     """
-    with torch.autocast(video.device.type, enabled=False):
+    device = video.device.type  # meta, where runs are counted, has no autocast to be disabled
+    with torch.autocast("cpu" if device == "meta" else device, enabled=False):
         video = _watched(video.float())
         logits = discriminator(video).flatten(1).mean(1)
         (gradient,) = torch.autograd.grad(logits.sum(), video, create_graph=True)

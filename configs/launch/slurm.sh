@@ -55,7 +55,7 @@ node() {
     local seen peer route interface own
     if [ "$gpus" -gt 0 ]; then
         seen=$(nvidia-smi --list-gpus | wc -l)
-        if [ "$seen" -ne "$gpus" ]; then
+        if [ "$seen" -lt "$gpus" ]; then
             echo "slurm.sh: error: $SLURMD_NODENAME sees $seen GPUs of $gpus; have it drained" >&2
             exit 1
         fi
@@ -109,14 +109,16 @@ requeue() {
 
 case $code in
 0 | 2 | 130) exit "$code" ;; # done; a mistake, which stays one; Ctrl-C
-75) requeue "stopped with a checkpoint" ;;
+75) requeue "stopped" ;;
 esac
-[ -z "$told" ] || requeue "stopped before a checkpoint was due"
+[ -z "$told" ] || requeue "stopped while it was starting ($code)"
 
 # Anything else is a crash: of a node, of a GPU, or of the program. Starting again mends the first two, so
 # it is done as long as the run gets on: the third crash without a new checkpoint is the last.
-out=$("$PYTHON" -c 'import sys; from train.config_file import load_config
-print(load_config(sys.argv[1], sys.argv[2:]).out)' "$@") || exit "$code"
+read_out='import sys, yaml
+overrides = dict(each.split("=", 1) for each in sys.argv[2:] if "=" in each)
+print(overrides.get("out") or yaml.safe_load(open(sys.argv[1]))["out"])'
+out=$("$PYTHON" -c "$read_out" "$@") || exit "$code"
 newest=none
 for folder in "$out"/checkpoints/step-*; do
     [ ! -d "$folder" ] || newest=${folder##*/}

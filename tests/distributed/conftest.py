@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,5 +31,42 @@ def torchrun():
             timeout=240,
         )
         return result.returncode, result.stdout + result.stderr
+
+    return run
+
+
+# Starting processes takes most of the time: they do one thing after the other, each of which meets at a
+# store of its own.
+_SEVERAL = """
+import os, sys
+from train.cli import main
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+for line in open(sys.argv[1]):
+    port, *arguments = line.rstrip("\\n").split("\\t")
+    os.environ["MASTER_PORT"] = port
+    try:
+        main(arguments)
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+
+
+def _free_port():
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def several(torchrun, tmp_path_factory):
+    """Commands of `zoetrope`, one after the other in the same processes: (exit code, all output)."""
+
+    def run(commands, processes):
+        folder = tmp_path_factory.mktemp("several")
+        lines = ["\t".join(map(str, (_free_port(), *command))) for command in commands]
+        (folder / "commands.txt").write_text("".join(f"{line}\n" for line in lines))
+        (folder / "several.py").write_text(_SEVERAL)
+        return torchrun(folder / "several.py", folder / "commands.txt", processes=processes)
 
     return run

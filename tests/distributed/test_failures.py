@@ -1,28 +1,24 @@
-"""Stalls, ranks that differ, preemption of one rank, a killed rank: through torchrun."""
-
-import os
-import signal
-import time
+"""What goes wrong on one rank: a stall, another config, other rows, a signal, a sudden end. All ranks
+end together, with one line that names it."""
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from train.checkpoint import list_checkpoints
 from train.logs import TIME_FIELDS, read_log
 
-# A run with something that one rank does at a time: argv is config, rank, then what is given.
+# Training in which one rank is odd; argv is the config and the rank.
 START = """
 import os, signal, sys, time
 from train import cli
+from train.clips import TrainingClips
 from train.recipe_vae import VAERecipe
 
-odd = os.environ["RANK"] == sys.argv[2]
-first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+odd = os.environ.get("RANK", "0") == sys.argv[2]
 calls = []
 """
-STALL_IN_DATA = (
-    START
-    + """
-from train.clips import TrainingClips
+STALL_IN_DATA = """
 read = TrainingClips.__getitem__
 
 def stalled(self, g):
@@ -33,10 +29,7 @@ def stalled(self, g):
 TrainingClips.__getitem__ = stalled
 cli.main(["train", sys.argv[1]])
 """
-)
-STALL_IN_FORWARD = (
-    START
-    + """
+STALL_IN_FORWARD = """
 forward = VAERecipe.forward
 
 def stalled(self, batch):
@@ -48,32 +41,145 @@ def stalled(self, batch):
 VAERecipe.forward = stalled
 cli.main(["train", sys.argv[1]])
 """
-)
+OTHER_SEED = """
+cli.main(["train", sys.argv[1], *(["seed=3"] if odd else [])])
+"""
+OTHER_ROWS = """
+import train.loop
+from train.recipe import TrainData
+opened = train.loop.open_data
+
+def other(config):
+    data = opened(config)
+    if odd:
+        del data.train.rows[-1]
+    return data
+
+train.loop.open_data = other
+cli.main(["train", sys.argv[1]])
+"""
+# When there is a checkpoint, a rank dies; or it alone is told to stop, and its loader's process too.
+INTERRUPT = """
+import multiprocessing
+import train.loop
+step = train.loop.Run.step
+
+def interrupted(self, number, loader, stop):
+    if odd and number == 7 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGUSR1)
+        os.kill(os.getpid(), signal.{signal})
+    return step(self, number, loader, stop)
+
+train.loop.Run.step = interrupted
+cli.main(["train", sys.argv[1]])
+"""
+SHORT = {"train": {"checkpoint_interval": 3}, "logging": {"interval": 2, "val_interval": 4}}
 
 
-def script(folder, text):
-    path = folder / "start.py"
-    path.write_text(text)
-    return path
+@pytest.fixture
+def odd(nursery, tmp_path):
+    """Runs a config with one odd rank of some; returns (exit code, all output)."""
+
+    def run(text, config, rank=1, processes=2):
+        path = tmp_path / "start.py"
+        path.write_text(START + text)
+        return nursery.run(path, config, rank, processes=processes)
+
+    return run
 
 
 @pytest.mark.parametrize(
-    ("where", "text", "phase"),
+    ("text", "phase"),
     [
-        ("data", STALL_IN_DATA, "waiting for data in step 3"),
-        ("forward", STALL_IN_FORWARD, "in the forward pass in step 3"),
+        (STALL_IN_DATA, "waiting for data in step 3"),
+        (STALL_IN_FORWARD, "in the forward pass in step 3"),
     ],
+    ids=["data", "forward"],
 )
-def test_a_stalled_rank_is_named(room, torchrun, tmp_path, where, text, phase):
+def test_a_stalled_rank_is_named(room, odd, tmp_path, text, phase):
     config = room.write(tmp_path / "run", "vae", train={"stall_timeout": 4})
-    code, output = torchrun(script(tmp_path, text), config, "1")
-    assert code != 0
-    assert output.count("zoetrope: error: stalled: ") == 1, output
-    (line,) = (line for line in output.splitlines() if "stalled: " in line)
-    assert "stalled: rank 1 (" in line
+    code, output = odd(text, config)
+    assert code == 1
+    (line,) = (line for line in output.splitlines() if "error: stalled" in line)
+    assert line.startswith("zoetrope: error: stalled: rank 1 (")
     assert f"has been {phase} for" in line
     assert "s; the other 1 waits for it" in line
     for rank in (0, 1):
         stacks = (tmp_path / "run" / "stalls" / f"rank-{rank}.txt").read_text()
         assert ("in stalled" in stacks) == (rank == 1)
     assert "exitcode  : 70" in output
+
+
+def test_a_stall_of_a_single_process_is_named(room, odd, tmp_path):
+    """With a loader process that waits for storage, say."""
+    config = room.write(
+        tmp_path / "run", "vae", train={"stall_timeout": 3}, data={"num_workers": 1}
+    )
+    code, output = odd(STALL_IN_DATA, config, rank=0, processes=0)
+    assert code == 70
+    assert "stalled: this process (" in output
+    assert "has been waiting for data in step 3 for" in output
+
+
+def test_another_config_on_one_rank(room, odd, tmp_path):
+    code, output = odd(OTHER_SEED, room.write(tmp_path / "run", "vae"))
+    assert code == 1
+    (line,) = (line for line in output.splitlines() if line.startswith("zoetrope: error"))
+    assert "error: rank 1 (" in line
+    assert "have different config: seed=3 and seed=0; start all" in line
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_other_rows_on_one_rank(room, odd, tmp_path):
+    code, output = odd(OTHER_ROWS, room.write(tmp_path / "run", "vae"))
+    assert code == 1
+    (line,) = (line for line in output.splitlines() if line.startswith("zoetrope: error"))
+    assert "error: rank 1 (" in line
+    assert "and rank 0 have different data.manifest: " in line
+
+
+@pytest.fixture(scope="module")
+def whole(room, tmp_path_factory):
+    """The folder of a run in one process that nothing interrupts."""
+    return room.train(tmp_path_factory.mktemp("whole") / "run", "vae", **SHORT)
+
+
+def assert_same(out, whole):
+    rows, expected = (read_log(folder / "log.jsonl") for folder in (out, whole))
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, one in zip(rows, expected):
+        assert row.keys() == one.keys()
+        figures = [key for key in one if key not in TIME_FIELDS]
+        assert [row[key] for key in figures] == pytest.approx(
+            [one[key] for key in figures], abs=1e-5
+        )
+    weights, others = (load_file(folder / "model" / "vae.safetensors") for folder in (whole, out))
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGUSR1", 75), ("SIGINT", 130)])
+def test_a_signal_to_one_rank_stops_all(room, odd, whole, tmp_path, number, code):
+    """They write a checkpoint at once; one process makes the row and the validation that were due then,
+    and goes on."""
+    config = room.write(tmp_path / "run", "vae", **SHORT, data={"num_workers": 1})
+    _, output = odd(INTERRUPT.format(signal=number), config)
+    assert "stopped after step 8; the same command goes on from here" in output
+    assert f"exitcode  : {code} " in output  # of the rank that torchrun saw end first
+    assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")][-1] == 8
+    assert read_log(tmp_path / "run" / "log.jsonl")[-1]["step"] == 6
+    room.train(tmp_path / "run", "vae", **SHORT)
+    assert_same(tmp_path / "run", whole)
+
+
+def test_torchrun_starts_again_when_a_rank_dies(room, torchrun, whole, tmp_path):
+    path = tmp_path / "start.py"
+    path.write_text(START + INTERRUPT.format(signal="SIGKILL"))
+    config = room.write(tmp_path / "run", "vae", **SHORT)
+    code, output = torchrun("--max-restarts", "1", path, config, "1")
+    assert code == 0, output
+    assert "lost contact with another process" in output
+    assert "Traceback" not in output
+    assert "parameters, resumed, steps 6 to 12" in output
+    assert_same(tmp_path / "run", whole)

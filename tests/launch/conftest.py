@@ -18,9 +18,10 @@ _spec = importlib.util.spec_from_file_location(
 )
 _tiny = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_tiny)
-one_thread, room = _tiny.one_thread, _tiny.room
+one_thread, room, nursery = _tiny.one_thread, _tiny.room, _tiny.nursery
 
-# A requeued job waits for as long as credentials hold; 5 seconds is the least that Slurm takes.
+# A requeued job waits for as long as credentials hold, of which 5 seconds is the least that Slurm takes,
+# and then for the scheduler to look again.
 SLURM_CONF = """
 ClusterName=zoetrope
 SlurmctldHost=localhost
@@ -37,6 +38,7 @@ SlurmdLogFile={folder}/%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/linear
+SchedulerParameters=sched_interval=1,bf_interval=1
 MpiDefault=none
 SlurmdParameters=config_overrides
 FirstJobId={first_job}
@@ -85,7 +87,7 @@ class Cluster:
         )
         return result.stdout + result.stderr
 
-    def until(self, condition, failure, seconds=90):
+    def until(self, condition, failure, seconds=240):
         """Waits; fails with what `failure` is or returns, and the ends of all logs."""
         limit = time.monotonic() + seconds
         while not condition():

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,13 @@ requeue) echo "$2" >>"$BOOK/requeued" ;;
 esac""",
     "squeue": 'echo "$STATE"',
     "sleep": "",
-    "python": 'echo "$BOOK/run"',  # asked for the folder of the run
 }
 
 
 @pytest.fixture
 def sbatch(tmp_path):
-    """Runs slurm.sh as a job whose training ends with `code`; (exit code, output, times queued again)."""
+    """Runs slurm.sh as a job whose training ends with `code`; returns (exit code, output, how often it
+    was queued again)."""
     for name, text in COMMANDS.items():
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -34,7 +35,7 @@ def sbatch(tmp_path):
     def run(code, *arguments, state="RUNNING", **environment):
         variables = {
             "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-            "PYTHON": "python",
+            "PYTHON": sys.executable,
             "BOOK": str(tmp_path),
             "CODE": str(code),
             "STATE": state,
@@ -79,15 +80,22 @@ def test_cancelled_stays_so(sbatch):
 
 
 def test_crashes_are_queued_again_while_the_run_gets_on(sbatch, tmp_path):
-    checkpoints = tmp_path / "run" / "checkpoints"
-    assert sbatch(137)[::2] == (137, 1)  # before the first checkpoint
+    run = ["configs/presets/1.3b.yaml", "--profile", "3:5", f"out={tmp_path / 'run'}"]
+    assert sbatch(137, *run)[::2] == (137, 1)  # before the first checkpoint
     for step in (10, 20):
-        (checkpoints / f"step-{step:08d}").mkdir(parents=True)
-        assert sbatch(1)[2] == step // 10 + 1
-    assert sbatch(1)[2] == 4
-    code, output, times = sbatch(1)
+        (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        assert sbatch(1, *run)[2] == step // 10 + 1
+    assert sbatch(1, *run)[2] == 4
+    code, output, times = sbatch(1, *run)
     assert (code, times) == (1, 4)
     assert "slurm.sh: error: crashed (1) 3 times after checkpoint step-00000020" in output
+
+
+def test_crashes_of_the_config_s_own_folder(sbatch, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"out: {tmp_path / 'own'}  # and no other\n")
+    assert "crashed (9) after checkpoint none, 1 of 3 times" in sbatch(9, str(config))[1]
+    assert (tmp_path / "own" / "slurm-crashes.txt").read_text() == "none\n"
 
 
 def test_mistakes_in_the_command(sbatch, tmp_path):

@@ -65,7 +65,7 @@ class Nursery:
         return child.returncode, output
 
     def close(self):
-        self.server.stdin.close()
+        self.server.kill()  # to unload all that it has imported would take seconds
         self.server.wait()
 
 

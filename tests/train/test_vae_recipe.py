@@ -20,8 +20,8 @@ from train.config_file import ConfigError, load_config
 from train.distributed import Ranks
 from train.logs import read_log
 from train.loop import train
-from train.plan import plan
 from train.parallel import parallelize
+from train.plan import plan
 from train.setup import build_recipe, fresh_state, open_data
 
 CONFIGS = Path(__file__).parents[2] / "configs"
