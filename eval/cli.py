@@ -273,9 +273,7 @@ def _world_results(
     pipeline = TextToVideo.from_folder(model, device if ranks.mesh is None else ranks.device)
     done = _captions(avoid)
     with tqdm(total=3 * settings.num, unit="clip", disable=not ranks.is_main) as bar:
-        run = run_world_suite(
-            pipeline, settings, avoid=done, progress=_shown_on(bar), ranks=ranks
-        )
+        run = run_world_suite(pipeline, settings, avoid=done, progress=_shown_on(bar), ranks=ranks)
     processes.stop()
     return run.results
 

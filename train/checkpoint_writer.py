@@ -89,6 +89,11 @@ class Checkpointer:
         self._thread.shutdown()
 
     @property
+    def writing(self) -> bool:
+        """Whether the thread is at work."""
+        return self._pending is not None and not self._pending.done()
+
+    @property
     def failed(self) -> bool:
         """Whether a checkpoint could not be written, of which `save` or `finish` will tell."""
         pending = self._pending

@@ -74,6 +74,36 @@ def train(
     run_training(run, steps)
 
 
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A run's YAML file; see configs/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, values in YAML.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="How many GPUs there are in all.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Which: h100, h200, a100, ...; train/gpus.py.")] = "h100",
+    nodes: Annotated[int | None, typer.Option(help="In how many; else in nodes of 8.")] = None,
+    samples: Annotated[int | None, typer.Option(help="To train on; else the config's.")] = None,
+    price: Annotated[float | None, typer.Option(help="Of a GPU, in dollars an hour.")] = None,
+    network_gbps: Annotated[
+        float | None, typer.Option(help="Of each GPU to other nodes, 1e9 bits a second one way.")
+    ] = None,
+    vae: Annotated[
+        str, typer.Option(help="Where recipe.vae is not there yet: wan2.1 or wan2.2.")
+    ] = "wan2.1",
+) -> None:
+    """Say what a run will cost on a cluster: FLOPs, memory, communication, days, dollars."""
+    from train.config_file import load_config
+    from train.plan_report import machines_of, plan_run
+
+    run, machines = (
+        load_config(config, overrides or []),
+        machines_of(gpu, gpus, nodes, network_gbps),
+    )
+    about = {"name": str(config), "samples": samples, "price": price, "vae": vae}
+    typer.echo(plan_run(run, machines, **about))
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 

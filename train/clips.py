@@ -18,10 +18,11 @@ from data.buckets import BucketSequence, Size, bucket_rows, size_name
 from data.dataset import ClipDataset, StepSampler, collate
 from data.manifest import Manifest, Row
 from data.video import VideoReadError, read_clip
+from sample.processes import Ranks
 from train.config import RunConfig
 from train.config_data import DataConfig
-from train.distributed import Ranks
 from train.stopping import STOPS
+from train.watchdog import beat
 
 _log = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ def read_rows(
     kept: list[int] = []
     clips: list[Tensor] = []
     for row in rows:
+        beat()
         try:
             clips.append(read_row(manifest, manifest.rows[row], data))
         except VideoReadError as error:

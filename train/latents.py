@@ -32,6 +32,7 @@ from sample.processes import Ranks
 from sample.shards import save_tensors
 from train.clips import read_row
 from train.config_data import DataConfig
+from train.watchdog import beat
 
 SHARD_ROWS = 256
 _BATCH = 16
@@ -178,6 +179,7 @@ class LatentCache:
             collate_fn=_as_list,
         )
         for items in loader:
+            beat()
             bad.update({str(row): reason for row, clip, reason in items if clip is None})
             good = [(row, clip) for row, clip, _ in items if clip is not None]
             if good:

@@ -18,8 +18,8 @@ from urllib.parse import urlparse
 from torch import Tensor
 
 from data.video import write_video
+from sample.processes import Ranks
 from train.config import RunConfig
-from train.distributed import Ranks
 
 # Fields of a log.jsonl row that depend on the machine and its clock; all others are the same on every
 # repetition.

@@ -104,7 +104,7 @@ def _train(
     batches = islice(loader.batch_sampler or (), config.train.grad_accum)
     numbers = [number for batch in batches for number in batch]
     check_disjoint(numbers, start_step * config.train.batch_size, ranks)
-    # The row that the checkpoint leaves to this start may be there already, from one that got no further.
+    # The row that a checkpoint leaves to be made may be there: of a start that came no further.
     log = RunLog(config, ranks, start_step - bool(saved.get("unreported")))
     log.say(describe_run(config, state, ranks, start_step))
     run = Run(
@@ -112,7 +112,7 @@ def _train(
         window=Window(**saved.get("window", {})),
         meter=_meter(config, data, recipe, model, ranks),
         spikes=Spikes(config.train.skip_spikes, saved.get("spikes")),
-        bad_files=BadFiles(len(data.train.rows), config.data.max_bad_share, ranks.world_size),
+        bad_files=BadFiles(len(data.train.rows), config.data.max_bad_share, ranks.num_data_ranks),
         unread=saved.get("unread", {}),
         checkpoints=Checkpointer(config.out / "checkpoints", config.train, ranks),
         skipped=SkippedLog(config.out, start_step) if ranks.is_main else None,

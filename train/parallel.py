@@ -59,7 +59,9 @@ def parallelize(recipe: Recipe, ranks: Ranks) -> nn.Module:
         return recipe
     if ranks.mesh is None or ranks.world_size == 1:
         return recipe
-    return DistributedDataParallel(recipe, gradient_as_bucket_view=True)
+    model = DistributedDataParallel(recipe, gradient_as_bucket_view=True)
+    model.broadcast_buffers = False  # they are the same on all ranks, and training changes none
+    return model
 
 
 def share_contexts(recipe: Recipe, ranks: Ranks) -> None:
@@ -105,7 +107,9 @@ def shard_weights(recipe: Recipe, mesh: DeviceMesh, config: TrainConfig) -> None
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     blocks = set(recipe.blocks())
     for network in recipe.networks():
-        for parameter in network.parameters():  # sharding knows no channels last; activations keep it
+        for (
+            parameter
+        ) in network.parameters():  # sharding knows no channels last; activations keep it
             parameter.data = parameter.data.contiguous()
         half = isinstance(network, DiT) and config.dtype == "bfloat16"
         of_blocks = policy(param_dtype=torch.bfloat16 if half else None)
@@ -234,4 +238,3 @@ def compile_blocks(recipe: Recipe, *, optional: bool) -> None:
     torch._dynamo.config.recompile_limit = max(limit, 2 * len(recipe.config.data.sizes) + 2)
     for block in recipe.blocks():
         block.forward = torch.compile(block.forward, dynamic=False)
-

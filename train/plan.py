@@ -1,4 +1,4 @@
-"""What a run will cost, before it starts: `--dry-run`.
+"""What a run will cost, before it starts: `--dry-run`. On a cluster: train/plan_report.py.
 
 Counted on the meta device, where shapes are computed and numbers are not.
 """
@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.buckets import Size
+from sample.processes import Ranks, micro_batch_size
 from train.clips import describe_buckets
 from train.config import RunConfig
 from train.config_file import dump_config
-from train.distributed import Ranks, micro_batch_size
 from train.recipe import Recipe
 from train.setup import build_recipe, open_data
 
@@ -44,11 +44,13 @@ def plan(config: RunConfig) -> str:
         FileNotFoundError: a manifest or model folder is missing.
     """
     data = open_data(config)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    ranks = Ranks(0, world_size, torch.device("cpu"), None)
+    # Outside torchrun as few processes as can share a sample.
+    context = config.train.parallel.context
+    world_size = max(context, int(os.environ.get("WORLD_SIZE", 1)))
+    ranks = Ranks(0, world_size, torch.device("cpu"), None, context)
     recipe = build_recipe(config, data, ranks, on_meta=True)
     batch_size = config.train.batch_size
-    micro = micro_batch_size(batch_size, config.train.grad_accum, world_size)
+    micro = micro_batch_size(batch_size, config.train.grad_accum, ranks.num_data_ranks)
     lines = [dump_config(config)]
     for name, module in recipe.parts().items():
         total, trained = count_parameters(module)

@@ -56,23 +56,25 @@ class Activations:
         """
 
         def at(blocks: int | None, phase: str, *, gradients: bool = False) -> float:
-            # What does not grow with the batch: seen from one sample and two, without contexts. Where
-            # weights are sharded it does not grow with the blocks either.
+            def figure(of_context: int, samples: int, of_blocks: int | None) -> float:
+                measured = self._measured(mode, sharded, of_context, of_blocks, samples)
+                return (measured.together if gradients else measured.other)[phase]
+
+            # What does not grow with the batch: where weights are sharded, not with the blocks either.
             few = FEW[0] if sharded and blocks in FEW else blocks
-            figures = [
-                (m.together if gradients else m.other)[phase]
-                for m in (
-                    self._measured(mode, sharded, 1, few, 1),
-                    self._measured(mode, sharded, 1, few, 2),
-                    self._measured(mode, sharded, context, blocks, 1),
-                )
-            ]
-            fixed = 2 * figures[0] - figures[1]
-            return fixed + micro_batch * (figures[2] - fixed)
+            fixed = 2 * figure(1, 1, few) - figure(1, 2, few)
+            sample = figure(1, 1, blocks) - fixed
+            if context > 1:
+                nearest = self._nearest(context)
+                part = figure(nearest, 1, blocks) - fixed
+                # Of tokens, which are shared out, and of the rest.
+                of_tokens = (sample - part) / (1 - 1 / nearest)
+                sample -= of_tokens * (1 - 1 / context)
+            return fixed + micro_batch * sample
 
         update = float(self._updates(sharded))
         if not self.num_blocks:
-            forward, backward = at(None, "forward"), at(None, "backward")
+            forward, backward = (at(None, phase) for phase in PASSES)
             together = at(None, "backward", gradients=True)
             gradients = self._measured(mode, sharded, 1, None, 1).state["gradients"]
             return Most(max(forward, backward), together - gradients, update)
@@ -87,6 +89,16 @@ class Activations:
             all_of = [whole - saving * each for whole, each in zip(all_of, kept)]
         return Most(max(all_of), lower[1] - (FEW[0] - 1) * kept[1], update)
 
+    def _nearest(self, context: int) -> int:
+        """The smallest context whose ranks exchange the same things as those of a larger one."""
+        assert isinstance(self.recipe, DiTRecipe)
+        heads, method = (
+            self.recipe.dit.config.num_heads,
+            self.recipe.config.train.parallel.context_method,
+        )
+        alike = [heads % size == 0 and method != "gather" for size in range(context + 1)[1:]]
+        return 2 if alike[1] == alike[context - 1] else context
+
     def _measure(
         self, mode: str, sharded: bool, context: int, blocks: int | None, micro_batch: int
     ) -> Measured:
@@ -97,6 +109,8 @@ class Activations:
     @lru_cache(maxsize=2)  # noqa: B019 (as long-lived as this)
     def _updates(self, sharded: bool) -> float:
         """Bytes at most while weights are updated."""
+        if self.recipe.config.train.optimizer.kind == "adamw":  # in place, by one kernel
+            return 0.0
         shard = RANKS if sharded else 1
         few = FEW if self.num_blocks > FEW[1] else (self.num_blocks or None,)
         most = [

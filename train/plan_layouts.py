@@ -71,13 +71,24 @@ class Layout:
     def replicas(self) -> int:
         return self.gpus // self.weight_ranks
 
-    def overrides(self) -> str:
-        """What to write behind a command that trains."""
-        return (
-            f"train.parallel.shard={self.shard} train.parallel.context={self.context} "
-            f"train.activation_checkpointing={self.activation_checkpointing} "
-            f"train.grad_accum={self.grad_accum}"
+    def settings(self) -> dict[str, str | int]:
+        """The config's keys that make it this layout."""
+        return {
+            "train.parallel.shard": self.shard,
+            "train.parallel.context": self.context,
+            "train.activation_checkpointing": self.activation_checkpointing,
+            "train.grad_accum": self.grad_accum,
+        }
+
+    def overrides(self, config: RunConfig) -> str:
+        """What to write behind a command that trains from the config, which may be nothing."""
+        train, parallel = config.train, config.train.parallel
+        there = (
+            *(parallel.shard, parallel.context),
+            *(train.activation_checkpointing, train.grad_accum),
         )
+        pairs = zip(self.settings().items(), there)
+        return " ".join(f"{key}={value}" for (key, value), before in pairs if value != before)
 
 
 def own_layout(config: RunConfig, gpus: int) -> Layout:

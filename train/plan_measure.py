@@ -11,6 +11,7 @@ attention is fused, and autocast takes norms to float32, as CUDA's does and the 
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 import weakref
 from collections import Counter
@@ -156,12 +157,14 @@ def fake_ranks(shard: int, context: int) -> Iterator[Ranks]:
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    complain = sys.excepthook  # which a process group wraps for good
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=shard * context)
     try:
         mesh = init_device_mesh("cpu", (1, shard, context), mesh_dim_names=AXES)
         yield Ranks(0, shard * context, torch.device("cpu"), mesh, context)
     finally:
         dist.destroy_process_group()
+        sys.excepthook = complain
 
 
 def with_train(config: RunConfig, **values: Any) -> RunConfig:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from sample.processes import Ranks
 
@@ -54,23 +54,27 @@ class Profiler:
             )
         self._steps, self._out, self._ranks = steps, out, ranks
         self._profile: profile | None = None
+        self._span = record_function("step")
 
     def before(self, step: int) -> None:
         """To be called when step `step`, counted from 1, is about to begin."""
-        if self._steps is None or step != self._steps[0]:
+        if self._steps is None or not self._steps[0] <= step <= self._steps[1]:
             return
-        activities = [ProfilerActivity.CPU]
-        if self._ranks.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(activities=activities, record_shapes=True)
-        self._profile.start()
+        if self._profile is None:
+            activities = [ProfilerActivity.CPU]
+            if self._ranks.device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            self._profile = profile(activities=activities, record_shapes=True)
+            self._profile.start()
+        self._span = record_function(f"step {step}")
+        self._span.__enter__()
 
     def after(self, step: int) -> None:
         """To be called when it has ended; says where the traces are. One that cannot be written is no
         reason to stop."""
         if self._profile is None or self._steps is None:
             return
-        self._profile.step()
+        self._span.__exit__(None, None, None)
         if step < self._steps[1]:
             return
         if self._ranks.device.type == "cuda":

@@ -30,6 +30,7 @@ from train.latents import CachedLatents, LatentCache
 from train.lora import add_adapters, check_objective, export_lora
 from train.recipe import Batch, Recipe, TrainData, counted_noise, counted_uniform
 from train.text_checkpoint import load_text_weights
+from train.watchdog import beat
 
 _log = logging.getLogger(__name__)
 NUM_T_BINS = 10
@@ -322,6 +323,7 @@ class DiTRecipe(Recipe):
         sums = torch.zeros(NUM_T_BINS, 4, dtype=torch.float64, device=self.ranks.device)
         for k in range(NUM_T_BINS):
             for part in self._validation_set().parts(self._chunk):
+                beat()
                 noise = counted_noise(
                     0, f"validation-{k}", part.rows, self.latent_shape, self.ranks.device
                 )
@@ -370,6 +372,7 @@ class DiTRecipe(Recipe):
         )
         videos = []
         for first in range(0, len(prompts), self._chunk):
+            beat()
             part = prompts[first : first + self._chunk]
             videos += pipeline(
                 part,

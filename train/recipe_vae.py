@@ -30,6 +30,7 @@ from train.vae_losses import (
     with_gradient,
     zero_gradients,
 )
+from train.watchdog import beat
 
 _CHUNK = 16  # clips per forward pass when measuring
 
@@ -264,6 +265,7 @@ class VAERecipe(Recipe):
         sums = torch.zeros(3, dtype=torch.float64)  # psnr, l1, number of clips
         clips = self._validation_clips()
         for first in range(0, len(clips), _CHUNK):
+            beat()
             chunk = clips[first : first + _CHUNK]
             video = to_float(chunk.to(self.ranks.device))
             output = self.reconstruct(video)
@@ -279,6 +281,7 @@ class VAERecipe(Recipe):
         videos = self._validation_clips()[: self.config.logging.num_samples]
         sides = {}
         for number, clip in enumerate(videos):
+            beat()
             output = self.reconstruct(to_float(clip[None].to(self.ranks.device)))
             pair = [clip, to_uint8(output[0]).cpu()]
             sides[f"reconstruction-{number}"] = torch.cat(pair, dim=-1)

@@ -227,6 +227,7 @@ def describe_run(config: RunConfig, state: TrainState, ranks: Ranks, start_step:
     """The line that opens a run."""
     train = config.train
     micro = micro_batch_size(train.batch_size, train.grad_accum, ranks.num_data_ranks)
+    processes = "1 process" if ranks.world_size == 1 else f"{ranks.world_size} processes"
     resumed = "resumed, " if start_step else ""
     spread = ""
     if ranks.mesh is not None and ranks.world_size > 1:
@@ -235,8 +236,8 @@ def describe_run(config: RunConfig, state: TrainState, ranks: Ranks, start_step:
     return (
         f"{config.out}: {sum(p.numel() for p in state.trained.values()):,} parameters, "
         f"{resumed}steps {start_step} to {train.steps}, batch {train.batch_size} = "
-        f"{ranks.num_data_ranks} x {train.grad_accum} x {micro}, {train.dtype} on {ranks.world_size} "
-        f"{ranks.device.type} processes{spread}, {torch.get_num_threads()} threads each"
+        f"{ranks.num_data_ranks} x {train.grad_accum} x {micro}, {train.dtype} on "
+        f"{ranks.device.type} in {processes}{spread}, {torch.get_num_threads()} threads each"
     )
 
 

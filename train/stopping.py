@@ -1,5 +1,5 @@
-"""Signals that ask a run to stop: it ends its step, writes a checkpoint, and exits with a code that says
-whether it wants to go on."""
+"""Signals that ask a run to stop: it ends its step, writes a checkpoint, and exits with a code that
+says whether it wants to go on."""
 
 from __future__ import annotations
 

@@ -53,6 +53,26 @@ except ValueError as error:
     assert "2 heads do not divide among 3 processes" in str(error), error
 else:
     raise AssertionError("two heads among three")
+
+# Muon on shards is Muon on whole matrices; of four rows the last of three ranks has none.
+from torch.distributed.tensor import Shard, distribute_tensor
+from train.muon import MuonAdamW
+
+def steps(spread):
+    torch.manual_seed(2)
+    weights = [torch.nn.Parameter(spread(torch.randn(n, 5))) for n in (4, 4, 8)]
+    group = {"params": weights, "muon": True, "weight_decay": 0.1, "lr": 0.02}
+    optimizer = MuonAdamW([group], momentum=0.9, lr=0.02)
+    for _ in range(3):
+        for weight in weights:
+            weight.grad = spread(torch.randn(weight.shape))
+        optimizer.step()
+    return weights
+
+mesh = ranks.mesh["context"]
+spread = steps(lambda x: distribute_tensor(x, mesh, [Shard(0)]))
+for whole, part in zip(steps(lambda x: x), spread):
+    assert torch.equal(part.full_tensor(), whole)
 if ranks.is_main:
     print("all equal")
 stop()
@@ -60,7 +80,8 @@ stop()
 
 
 def test_three_processes_share_a_sequence(torchrun, tmp_path):
-    """Outputs, gradients of all weights; heads and tokens that do not divide; noise levels by frame."""
+    """Outputs, gradients of all weights; heads and tokens that do not divide; noise levels by frame.
+    And shares in matrices take Muon's step."""
     script = tmp_path / "share.py"
     script.write_text(SCRIPT)
     code, output = torchrun(script, processes=3)

@@ -103,7 +103,8 @@ def test_trains_as_one_process_does(straight, spread, world_size, name):
     for key in ("loss", "grad_norm", "val/loss" if kind == "dit" else "val/psnr"):
         found, wanted = ([row[key] for row in log if key in row] for log in (rows, expected))
         assert len(found) >= 2
-        # Muon orthogonalises in bfloat16, where a rounding error may tip a value to the next one.
+        # Muon orthogonalises in bfloat16, where a rounding error may tip a value to the next one;
+        # test_context compares its step on the same gradients.
         loose = {"val/psnr": 1e-3, "grad_norm": 1e-4 if name == "muon" else 1e-5}
         tolerance = 1e-2 if name == "bfloat16" else loose.get(key, 1e-5)
         assert found == pytest.approx(wanted, abs=tolerance)
@@ -111,7 +112,7 @@ def test_trains_as_one_process_does(straight, spread, world_size, name):
     weights, others = (load_file(folder / "model" / part) for folder in (one, out))
     assert weights.keys() == others.keys()
     for key, value in weights.items():
-        tolerance = 1e-2 if name == "bfloat16" else 1e-4
+        tolerance = {"bfloat16": 1e-2, "muon": 2e-2}.get(name, 1e-4)
         torch.testing.assert_close(others[key], value, atol=tolerance, rtol=0)
     made, wanted = ({path.name for path in folder.glob("samples/*/*.mp4")} for folder in (out, one))
     assert made == wanted != set()

@@ -20,8 +20,7 @@ _tiny = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_tiny)
 one_thread, room, nursery = _tiny.one_thread, _tiny.room, _tiny.nursery
 
-# A requeued job waits for as long as credentials hold, of which 5 seconds is the least that Slurm takes,
-# and then for the scheduler to look again.
+# A requeued job waits for as long as credentials hold (5 seconds at least), then for the scheduler.
 SLURM_CONF = """
 ClusterName=zoetrope
 SlurmctldHost=localhost
@@ -83,7 +82,11 @@ class Cluster:
     def __call__(self, *command, **environment):
         """A command of Slurm's; what it printed."""
         result = subprocess.run(
-            command, env={**self.environment, **environment}, capture_output=True, text=True
+            command,
+            env={**self.environment, **environment},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
         )
         return result.stdout + result.stderr
 

@@ -61,14 +61,17 @@ def test_stops_every_process_once(tmp_path, room):
     assert [path.read_text() for path in ranks] == [f"{int(signal.SIGTERM)}\n"] * 2
 
 
-def test_stops_while_it_waits_for_other_nodes():
+@pytest.mark.parametrize(("variable", "expected"), [("OTHER", 75), ("SLURM_STEP_ID", 0)])
+def test_signal_without_processes(monkeypatch, variable, expected):
+    """It ends, where it waits for other nodes; but under Slurm, where they get signals of their own."""
+    monkeypatch.setenv(variable, "0")
     process = os.fork()  # which has no processes of its own yet
     if process == 0:
         with suppress(SystemExit):
             _pass_on(signal.SIGTERM, None)
             os._exit(0)
         os._exit(75)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 75
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == expected
 
 
 def test_restarts_are_refused(monkeypatch, capsys):

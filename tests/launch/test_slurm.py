@@ -2,13 +2,10 @@
 equal."""
 
 import sys
-from pathlib import Path
 
 from safetensors.torch import load_file
 
 from train.logs import read_log
-
-ROOT = Path(__file__).parents[2]
 
 
 def losses(out):
@@ -40,6 +37,7 @@ def test_stopped_and_broken_job_ends_equal(cluster, room, nursery, tmp_path):
     until(lambda: len(losses(out)) > 2)
     cluster("scancel", "--batch", "--signal=USR1", job)
     until(lambda: said("stopped; queued again"))
+    assert said("the same command goes on from here")  # which it says after its last checkpoint
     stopped = len(losses(out))
     assert 2 < stopped < 120
 

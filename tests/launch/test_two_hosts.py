@@ -73,7 +73,7 @@ def test_rendezvous_between_two_hosts(room, hosts, tmp_path):
     one = room.train(tmp_path / "one", "dit", **changes)
     outputs = [run.communicate(timeout=120)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], "\n".join(outputs)
-    assert "batch 4 = 2 processes x 1 x 2" in outputs[0] + outputs[1]
+    assert "batch 4 = 2 x 1 x 2" in outputs[0] + outputs[1]
     single, double = (
         [row["loss"] for row in read_log(out / "log.jsonl")] for out in (one, tmp_path / "two")
     )

@@ -51,16 +51,18 @@ class Nursery:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(self, *arguments, processes=0):
-        """`python ARGUMENTS`, or `torchrun --nproc-per-node PROCESSES ARGUMENTS`."""
+    def start(self, *arguments, processes=0, restarts=0):
+        """`python ARGUMENTS`, or `torchrun --nproc-per-node PROCESSES --max-restarts RESTARTS ...`."""
         handle, log = tempfile.mkstemp(suffix=".log")
         os.close(handle)
-        pid = self.ask(start=list(map(str, arguments)), processes=processes, log=log)
+        pid = self.ask(
+            start=list(map(str, arguments)), processes=processes, restarts=restarts, log=log
+        )
         return Child(self, pid, Path(log))
 
-    def run(self, *arguments, processes=0):
+    def run(self, *arguments, processes=0, restarts=0):
         """The same until it ends; returns (exit code, all output)."""
-        child = self.start(*arguments, processes=processes)
+        child = self.start(*arguments, processes=processes, restarts=restarts)
         output = child.communicate()[0]
         return child.returncode, output
 
@@ -127,7 +129,7 @@ def run(arguments):
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def launch(arguments, processes):
+def launch(arguments, processes, restarts):
     """As torchrun does."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -139,7 +141,7 @@ def launch(arguments, processes):
         run_id=str(uuid.uuid4()),
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=restarts,
         start_method="fork",
     )
     try:
@@ -160,7 +162,7 @@ def main():
     os.dup2(log, 1)
     os.dup2(log, 2)
     if request["processes"]:
-        launch(request["start"], request["processes"])
+        launch(request["start"], request["processes"], request["restarts"])
     else:
         run(request["start"])
 

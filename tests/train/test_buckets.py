@@ -13,10 +13,10 @@ from PIL import Image
 
 from data.manifest import read_manifest, write_manifest
 from data.video import write_video
+from sample.processes import Ranks
 from train.clips import TrainingClips, describe_buckets, make_loader, rows_of_one_size
 from train.config import RunConfig, differing_key
 from train.config_file import ConfigError, dump_config, load_config
-from train.distributed import Ranks
 
 IMAGE = {"num_frames": 1, "height": 24, "width": 32}
 VIDEO = {"num_frames": 5, "height": 16, "width": 16, "share": 3.0}
@@ -134,7 +134,7 @@ def test_an_error_does_not_leave_a_process_waiting_for_its_workers(config, tmp_p
         "from data.manifest import read_manifest\n"
         "from train.clips import TrainingClips, make_loader\n"
         "from train.config_file import load_config\n"
-        "from train.distributed import Ranks\n"
+        "from sample.processes import Ranks\n"
         "run = load_config(sys.argv[1])\n"
         "clips = TrainingClips(read_manifest(run.data.manifest), run)\n"
         "loader = iter(make_loader(clips, run, Ranks(0, 1, torch.device('cpu'), None), 0))\n"

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from data.dataset import ClipDataset
 from data.manifest import read_manifest
 from sample.model import load_model
+from sample.processes import Ranks
 from train import latents
 from train.config_data import DataConfig
-from train.distributed import Ranks
 from train.latents import CachedLatents, LatentCache
 from train.logs import read_log
 

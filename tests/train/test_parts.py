@@ -11,8 +11,8 @@ from torch import nn
 
 from data.dataset import BadFiles
 from dit.objective import FlowMatching
+from sample.processes import micro_batch_size
 from train.config import AdamWConfig, EMAConfig, ScheduleConfig
-from train.distributed import micro_batch_size
 from train.ema import EMA
 from train.logs import Window, clock, describe, describe_unread
 from train.optim import build_optimizer, clip_gradients, schedule_factor, step_optimizer

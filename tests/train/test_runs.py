@@ -14,11 +14,11 @@ from data.manifest import read_manifest
 from data.randomness import permuted_index
 from data.video import probe, to_float
 from sample.model import load_model
+from sample.processes import Ranks
 from train.checkpoint import list_checkpoints
 from train.clips import read_rows
 from train.config import RunConfig
 from train.config_data import DataConfig
-from train.distributed import Ranks
 from train.logs import TIME_FIELDS, read_log
 from train.loop import NonFiniteError
 from train.recipe import counted_noise
@@ -265,7 +265,8 @@ def test_samples_that_fail_do_not_stop_a_run(room, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr("train.recipe_vae.VAERecipe.samples", fail)
     logging = {"sample_interval": 6}
-    out = room.train(tmp_path / "run", "vae", train={"checkpoint_interval": 6}, logging=logging)
+    steps = {"checkpoint_interval": 6, "async_checkpoints": False}
+    out = room.train(tmp_path / "run", "vae", train=steps, logging=logging)
     assert "no samples after step 6: not finite" in capsys.readouterr().out
     assert (out / "model" / "model.yaml").is_file()
 

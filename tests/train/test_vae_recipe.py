@@ -16,8 +16,8 @@ from data.video import to_float
 from dit.diffusers_vae import published_vae
 from dit.diffusers_vae_config import WanVAEConfig
 from sample.model import Model, load_model, save_model
+from sample.processes import Ranks
 from train.config_file import ConfigError, load_config
-from train.distributed import Ranks
 from train.logs import read_log
 from train.loop import train
 from train.parallel import parallelize
@@ -273,7 +273,7 @@ def test_latents_are_shown_as_histograms(room, tmp_path, monkeypatch):
         "histogram",
         (4 * 4 * 2 * 4 * 4,),
     )  # clips, channels, frames, ...
-    assert math.isfinite(shown["grad_norm_discriminator"])
+    assert math.isfinite(shown["train/grad_norm_discriminator"])
 
 
 def test_dry_run_counts_the_adversary(room, tmp_path):
