@@ -6,6 +6,8 @@ Without torchrun there is one rank and no process group; every helper here then 
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -148,16 +150,44 @@ def start(
 
 
 def _join(backend: str, timeout: timedelta) -> None:
-    """Makes the process group that torchrun describes.
+    """Makes the process group that torchrun describes."""
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    if world_size > 1:
+        name = _agree_on_name(store, rank, world_size, timeout)
+        store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _agree_on_name(store: Any, rank: int, world_size: int, timeout: timedelta) -> str:
+    """One that no processes before these have had, for their part of the store.
 
     When torchrun starts processes again, its store still has the addresses of those before, which
-    whoever is there first would try to reach: so each attempt has a part of the store of its own.
+    whoever is there first would try to reach. What torchrun tells of its attempts differs between
+    nodes. So rank 0 draws a name, and every other rank asks for it with a word that is new as well.
+
+    Raises:
+        DistNetworkError: a rank did not come in time.
     """
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-of-{world_size}"
-    store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
-    store.set_timeout(timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if rank != 0:
+        word = uuid.uuid4().hex
+        store.set(f"word/{rank}", word)
+        name = store.get(f"name/{word}").decode()
+        store.set(f"{name}/has/{rank}", "")
+        return name
+    name, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    missing = set(range(1, world_size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{name}/has/{other}"]):
+                missing.remove(other)
+            elif store.check([f"word/{other}"]):
+                store.set(f"name/{store.get(f'word/{other}').decode()}", name)
+        if time.monotonic() > end:
+            seconds = f"{timeout.total_seconds():g} s"
+            raise dist.DistNetworkError(f"rank {min(missing)} did not start in {seconds}")
+        time.sleep(0.02)
+    return name
 
 
 def _num_threads(threads: int | str) -> int:

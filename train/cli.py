@@ -117,7 +117,7 @@ def _exit_on(number: int, code: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command and exits: 0, 2 after a mistake named in one line, 130 after Ctrl-C, 75 for a
-    run that wants to be started again.
+    run that wants to be started again, 1 where another process of it has gone.
 
     ZOETROPE_TRACEBACK=1 shows where an error came from.
     """
@@ -146,12 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not known or os.environ.get("ZOETROPE_TRACEBACK") == "1":
             raise
         if lost:
-            reason = str(error).strip().splitlines()[0]
-            error = ValueError(
-                f"lost contact with another process of this run; see what that one says ({reason})"
-            )
+            said = "lost contact with another process of this run; see what that one says"
+            error = ValueError(f"{said} ({str(error).strip().splitlines()[0]})")
         _complain(error)
-        sys.exit(2)
+        sys.exit(1 if lost else 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -274,8 +274,9 @@ class Run:
         average_copies(self.model, self.ranks)
         # A checkpoint that failed stops all ranks as a signal does: `save` then raises on each.
         stopping = stop.signal is not None or self.checkpoints.failed
-        told = torch.tensor([stopping, stop.interrupted], device=totals.device)
-        return names, self.ranks.sum(torch.cat([totals, told.double()])), wait
+        # Filled on the device: a copy from here would wait for all that the device has yet to do.
+        told = [totals.new_full((1,), float(flag)) for flag in (stopping, stop.interrupted)]
+        return names, self.ranks.sum(torch.cat([totals, *told])), wait
 
     def _size(self) -> Size:
         """Of the clips of the step: all of them have one."""

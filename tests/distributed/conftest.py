@@ -28,7 +28,7 @@ def torchrun():
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=550,
         )
         return result.returncode, result.stdout + result.stderr
 

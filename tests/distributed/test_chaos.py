@@ -69,20 +69,30 @@ def newest(out):
     return max((step for step, _ in list_checkpoints(out / "checkpoints")), default=0)
 
 
-def is_writing(out):
-    return any((out / "checkpoints").glob(".step-*.partial"))
+def partials(out):
+    """Names of the unfinished checkpoints."""
+    return {path.name for path in (out / "checkpoints").glob(".step-*.partial")}
 
 
-def strike(kill, process, out, nursery):
-    """Waits for the moment and kills; returns what it hit, and whether that was a write."""
+def strike(kill, start, out, nursery):
+    """Starts, waits for the moment and kills; returns what it hit, and whether that was a write."""
+    stale = partials(out)  # of an earlier start, until this one clears them
+
+    def is_writing():
+        names = partials(out)
+        stale.intersection_update(names)
+        return bool(names - stale)
+
+    process = start()
     if kill.when == "start":
         time.sleep(kill.delay)
     else:
         while newest(out) < kill.step and process.poll() is None:
+            is_writing()
             time.sleep(0.002)
         if kill.when == "training":
             time.sleep(kill.delay)
-        while kill.when == "write" and not is_writing(out) and process.poll() is None:
+        while kill.when == "write" and not is_writing() and process.poll() is None:
             pass
     ranks = nursery.list_children(process.pid)
     # Under torchrun there may be no ranks yet.
@@ -92,7 +102,7 @@ def strike(kill, process, out, nursery):
             os.kill(ranks[kill.victim], 9)
     else:
         nursery.kill_family(process.pid)
-    writing = is_writing(out)
+    writing = is_writing()
     output = process.communicate(timeout=120)[0]  # where one rank was killed, torchrun must end
     assert process.returncode != 0, f"the run ended before it was killed:\n{output}"
     return ("rank " + str(kill.victim) if alone else "all"), writing
@@ -102,10 +112,10 @@ def survive(kills, start, out, nursery):
     """Starts, kills and starts again; returns a row about each kill."""
     rows = []
     for kill in kills:
-        victim, writing = strike(kill, start(), out, nursery)
+        victim, writing = strike(kill, start, out, nursery)
         rows.append((kill.when, victim, newest(out), writing))
     process = start()
-    output = process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=1800)[0]
     assert process.returncode == 0, output
     assert not list((out / "checkpoints").glob(".*"))
     return rows
@@ -152,7 +162,7 @@ def report():
         (ROOT / "docs" / "chaos.md").write_text(describe(results))
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 @pytest.mark.skipif(not NUM_KILLS, reason="for make chaos")
 @pytest.mark.parametrize("name", RUNS)
 def test_long(room, nursery, tmp_path, report, name):
@@ -175,9 +185,11 @@ def test_long(room, nursery, tmp_path, report, name):
 
     begin = time.monotonic()
     whole = start(tmp_path / "whole")
+    while not newest(tmp_path / "whole") and whole.poll() is None:
+        time.sleep(0.01)
+    startup = time.monotonic() - begin
     output = whole.communicate()[0]
     assert whole.returncode == 0, output
-    startup = time.monotonic() - begin
     seed = list(RUNS).index(name)
     kills = draw_kills(seed, NUM_KILLS, changes["train"]["steps"], processes, startup)
     out = tmp_path / "killed"

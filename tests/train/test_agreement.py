@@ -1,12 +1,16 @@
 """Ranks that differ are named; ranks that read each other's samples too."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 
 import pytest
 import torch
+from torch.distributed import DistNetworkError, HashStore
 
 from data.dataset import StepSampler
+from sample.processes import _agree_on_name
 from train import agreement
 from train.agreement import check_disjoint, check_program, check_same, code_version, ranks_text
 from train.config_file import load_config
@@ -128,3 +132,20 @@ def test_ranks_read_well():
     assert ranks_text([1, 0]) == "ranks 0 and 1"
     assert ranks_text([0, 1, 2]) == "ranks 0-2"
     assert ranks_text([7, 0, 1, 2, 4]) == "ranks 0-2, 4 and 7"
+
+
+def test_processes_that_start_again_have_a_store_of_their_own():
+    """Whatever those before them left in it, and whoever of them comes first."""
+    store, timeout = HashStore(), timedelta(seconds=60)
+    store.set("word/1", "of a process that died")
+    names = []
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            order = (1, 0, 2)
+            ranks = [pool.submit(_agree_on_name, store, rank, 3, timeout) for rank in order]
+            found = {rank.result() for rank in ranks}
+        assert len(found) == 1
+        names += found
+    assert len(set(names)) == 2
+    with pytest.raises(DistNetworkError, match=r"rank 1 did not start in 0\.1 s"):
+        _agree_on_name(HashStore(), 0, 2, timedelta(seconds=0.1))

@@ -109,12 +109,13 @@ def test_one_at_a_time(state, tmp_path, monkeypatch):
 
 
 def test_a_failure_is_told_at_the_next_save(state, tmp_path):
-    """A real one: files may be no longer than a kilobyte."""
+    """A real one, in the middle of a tensor: files may be no longer than 200 kB."""
     resource = pytest.importorskip("resource")
+    state.trained["large"] = torch.nn.Parameter(torch.ones(300_000))
     with start(tmp_path) as checkpoints:
         checkpoints.save(1, state, EXTRA, wait=True)
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, most))
         try:
             checkpoints.save(2, state, EXTRA, wait=False)
             checkpoints._pending.exception()

@@ -59,7 +59,7 @@ def test_gpus_are_known_by_the_names_that_cuda_gives_them():
     }
     assert {name: peak_flops(name) for name in rates} == rates
     assert peak_flops("NVIDIA H200", "float32") == 67e12
-    # Tensor cores are quicker than the rest of a GPU, and dense rates within what sparse ones are half of.
+    # Tensor cores are quicker than the rest of a GPU, and these are dense rates, not sparse ones.
     assert all(1.9 < gpu.bfloat16 / gpu.float32 < 50 for gpu in GPUS.values())
     assert all(20 * GIB < gpu.memory < 200 * GIB for gpu in GPUS.values())
     assert all(gpu.network < gpu.link < gpu.memory_rate for gpu in GPUS.values())
