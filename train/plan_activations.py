@@ -17,10 +17,8 @@ from train.plan_measure import Case, Measured, Storages, measure
 from train.recipe import Batch, Recipe
 from train.recipe_dit import DiTRecipe
 
-FEW = (
-    4,
-    5,
-)  # blocks that are measured in place of all: with fewer, FSDP has not all in flight that it has
+# Blocks that are measured in place of all: with fewer, FSDP has not all in flight that it has.
+FEW = 4, 5
 PASSES = "forward", "backward"
 RANKS = 8  # among which weights are spread to measure what takes place around sharded ones
 # Of what a block keeps for the backward pass, where torch.compile's partitioner decides: between 0.71
@@ -55,18 +53,26 @@ class Activations:
             context: ranks that share each sample.
         """
 
+        # Which moment of a phase takes the most may change with the size of the batch.
+        pair = (1, 2) if micro_batch <= 2 else (2, 4)
+
         def at(blocks: int | None, phase: str, *, gradients: bool = False) -> float:
             def figure(of_context: int, samples: int, of_blocks: int | None) -> float:
                 measured = self._measured(mode, sharded, of_context, of_blocks, samples)
                 return (measured.together if gradients else measured.other)[phase]
 
-            # What does not grow with the batch: where weights are sharded, not with the blocks either.
+            # What does not grow with the batch does not grow with sharded blocks either.
             few = FEW[0] if sharded and blocks in FEW else blocks
-            fixed = 2 * figure(1, 1, few) - figure(1, 2, few)
-            sample = figure(1, 1, blocks) - fixed
+
+            def fixed_and_sample(of_context: int) -> tuple[float, float]:
+                one, two = (figure(of_context, samples, few) for samples in pair)
+                fixed = one - pair[0] * (two - one) / (pair[1] - pair[0])
+                return fixed, (figure(of_context, pair[0], blocks) - fixed) / pair[0]
+
+            fixed, sample = fixed_and_sample(1)
             if context > 1:
                 nearest = self._nearest(context)
-                part = figure(nearest, 1, blocks) - fixed
+                fixed, part = fixed_and_sample(nearest)
                 # Of tokens, which are shared out, and of the rest.
                 of_tokens = (sample - part) / (1 - 1 / nearest)
                 sample -= of_tokens * (1 - 1 / context)

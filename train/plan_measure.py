@@ -44,6 +44,7 @@ from train.parallel import (
     share_contexts,
     weights_mesh,
 )
+from train.plan_work import copy_of, example_of
 from train.recipe import Batch, Recipe
 from train.recipe_dit import DiTRecipe
 from train.recipe_vae import VAERecipe
@@ -67,8 +68,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes of one rank: what is alive in the end, by kind; and at most in each phase of a step, of
-    `other` alone and together with the gradients there are."""
+    """Bytes of one rank: what is alive after the backward pass, by kind; and at most in each phase of
+    a step, of `other` alone and together with the gradients there are."""
 
     state: dict[str, int]
     other: dict[str, int]  # by phase: forward, backward, update
@@ -150,18 +151,19 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def fake_ranks(shard: int, context: int) -> Iterator[Ranks]:
+def fake_ranks(shard: int, context: int, copies: int = 1, device: str = "cpu") -> Iterator[Ranks]:
     """Rank 0 of a group that exists in this process's imagination: collectives do nothing."""
-    if shard * context == 1:
-        yield Ranks(0, 1, torch.device("cpu"), None)
+    world_size = copies * shard * context
+    if world_size == 1:
+        yield Ranks(0, 1, torch.device(device), None)
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     complain = sys.excepthook  # which a process group wraps for good
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=shard * context)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
-        mesh = init_device_mesh("cpu", (1, shard, context), mesh_dim_names=AXES)
-        yield Ranks(0, shard * context, torch.device("cpu"), mesh, context)
+        mesh = init_device_mesh("cpu", (copies, shard, context), mesh_dim_names=AXES)
+        yield Ranks(0, world_size, torch.device(device), mesh, context)
     finally:
         dist.destroy_process_group()
         sys.excepthook = complain
@@ -179,10 +181,7 @@ def measure(recipe: Recipe, case: Case, size: Size) -> Measured:
         recipe: on the meta device; it is left as it is.
         size: of the clips.
     """
-    batch = recipe.example_batch(case.micro_batch, "meta", size)
-    if "video" in batch and "ids" in batch:  # the VAE has been there
-        batch["latents"] = batch["noise"]
-        del batch["video"], batch["posterior_noise"]
+    batch = example_of(recipe, case.micro_batch, size)
     if isinstance(recipe, VAERecipe) and recipe.adversarial is not None:  # with its dearest term
         interval = recipe.adversarial.config.r1_interval
         batch["step"] = batch["step"] // interval * interval
@@ -211,8 +210,7 @@ def _parallelize(recipe: Recipe, ranks: Ranks, mesh: DeviceMesh | None) -> None:
 
 def _prepared(recipe: Recipe, case: Case, ranks: Ranks) -> Recipe:
     """A copy with the case's settings, with a GPU's ways, and without what is frozen beside it."""
-    kept = [recipe.vae, recipe.text] if isinstance(recipe, DiTRecipe) else []
-    recipe = copy.deepcopy(recipe, {id(module): module for module in kept})
+    recipe = copy_of(recipe, case.num_blocks)
     parallel = recipe.config.train.parallel.model_copy(
         update={"shard": case.shard, "context": case.context}
     )
@@ -228,7 +226,6 @@ def _prepared(recipe: Recipe, case: Case, ranks: Ranks) -> Recipe:
             recipe.text = copy.deepcopy(recipe.text)
         else:
             recipe.text = _States(recipe.text.width)  # type: ignore[assignment]
-        recipe.dit.blocks = recipe.dit.blocks[: case.num_blocks]
     for module in recipe.modules():
         if isinstance(module, DiT):
             module.use_attention("sdpa")
@@ -276,6 +273,7 @@ def _steps(
             parameter.register_post_accumulate_grad_hook(partial(_mark_gradient, storages))
     for average in state.ema.weights.values():
         storages.mark(average, "ema")
+    counts: dict[str, int] = {}
     for step in range(case.num_steps):
         storages.end_of("what was before")
         storages.other.clear()
@@ -285,10 +283,10 @@ def _steps(
             _forward_and_backward(recipe, fake, micro == case.grad_accum - 1, storages)
         average_copies(recipe, ranks)
         storages.end_of("backward")
+        counts = {kind: size for kind, size in storages.now.items() if kind != "other"}
         if case.num_steps > 1:
             _update(state, step, config, storages)
         del batches, fake
-    counts = {kind: size for kind, size in storages.now.items() if kind != "other"}
     return Measured(counts, storages.other, storages.together)
 
 

@@ -106,6 +106,12 @@ def two(value: float) -> str:
     return f"{rounded:,.{max(0, digits)}f}"
 
 
+def gib(size: float) -> str:
+    """Bytes in GiB: with one decimal, or two digits where that says nothing."""
+    value = size / GIB
+    return f"{value:,.1f}" if value >= 1 or not value else two(value)
+
+
 def money(value: float) -> str:
     """Two digits as well, and short."""
     return f"{two(value / 1e6)}M" if value >= 1e6 else two(value)
@@ -152,23 +158,23 @@ def _own(model: Model, machines: Machines) -> tuple[Option | None, str]:
     option = consider(model, machines, layout)
     if option.fits:
         return option, ""
-    peak, usable = option.memory.peak / GIB, machines.usable / GIB
+    peak, usable = option.memory.peak, machines.usable
     return None, (
-        f"it needs {peak:,.1f} GiB of each GPU's {usable:.1f}, {peak - usable:,.1f} too many"
+        f"it needs {gib(peak)} GiB of each GPU's {gib(usable)}, {gib(peak - usable)} too many"
     )
 
 
 def _nothing_fits(model: Model, machines: Machines) -> str:
     lean = leanest(model, machines)
     assert lean is not None  # else the search had complained
-    peak, usable = lean.memory.peak / GIB, machines.usable / GIB
+    peak, usable = gib(lean.memory.peak), gib(max(0, machines.usable))
     more = enough(model, machines)
     advice = "train a smaller network, on smaller clips"
     if more is not None:
         advice = f"{f'{more.gpus:,} {more.name}'} in {count(more.nodes, 'node')} would do"
     return (
-        f"no layout fits {f'{machines.gpus:,} {machines.name}'}: the leanest needs {peak:,.1f} GiB of "
-        f"each GPU's {usable:.1f} ({lean.layout.overrides(model.config)}); {advice}"
+        f"no layout fits {f'{machines.gpus:,} {machines.name}'}: the leanest needs {peak} GiB of "
+        f"each GPU's {usable} ({lean.layout.overrides(model.config)}); {advice}"
     )
 
 
@@ -220,8 +226,8 @@ def _about_layout(model: Model, machines: Machines, option: Option, complaint: s
         "peak of a step": needed.step,
         "while validating": needed.validation,
     }
-    lines += [f"  {kind:20}{size / GIB:9,.1f}" for kind, size in kinds.items()]
-    lines[-2] += f"  of {machines.usable / GIB:.1f} that tensors may take"
+    lines += [f"  {kind:20}{gib(size):>9}" for kind, size in kinds.items()]
+    lines[-2] += f"  of {gib(machines.usable)} that tensors may take"
     lines[-1] += "  before activations"
     lines += ["", "Exchanges of a GPU in a step       GB received    GB/s    seconds"]
     found = exchanges(model, machines, layout)
@@ -286,7 +292,7 @@ class Bill:
             x = option.layout
             lines.append(
                 f"  {x.shard:5} {x.context:7} {x.activation_checkpointing:>13} {x.grad_accum:5} "
-                f"{x.micro_batch:11} {option.memory.peak / GIB:6.1f}   "
+                f"{x.micro_batch:11} {gib(option.memory.peak):>6}   "
                 f"{between(option.times.step):14} {between(self.days(option)):14} "
                 f"{between(self.dollars(option), money)}"
             )

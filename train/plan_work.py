@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -11,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.buckets import Size
 from train.config import MuonConfig
-from train.recipe import Recipe
+from train.parallel import checkpoint_activations
+from train.recipe import Batch, Recipe
 from train.recipe_dit import DiTRecipe
 
 
@@ -23,11 +25,11 @@ class Work:
     tokens: float
     forward: float
     backward: float
-    blocks: float  # of `forward`, in the blocks that activation checkpointing computes anew
     encoding: float  # of `forward`, in the frozen VAE, which works in float32
+    blocks: float  # of `forward`, again in the backward pass if blocks are computed anew
 
     def recomputed(self, activation_checkpointing: str) -> float:
-        """FLOPs that a backward pass repeats."""
+        """FLOPs that a backward pass repeats. Selective checkpointing keeps the results of products."""
         return self.blocks if activation_checkpointing == "block" else 0.0
 
 
@@ -42,22 +44,50 @@ def count_work(recipe: Recipe) -> Work:
 
 
 def _work(recipe: Recipe, size: Size) -> Work:
-    names = {module: name for name, module in recipe.named_modules()}
-    blocks = {f"{type(recipe).__name__}.{names[block]}" for block in recipe.blocks()}
-    batch = recipe.example_batch(1, "meta", size)
+    encoding, num_blocks, few = 0, 1, copy_of(recipe)
+    if isinstance(recipe, DiTRecipe):
+        batch = recipe.example_batch(1, "meta", size)
+        if "video" in batch:
+            with FlopCounterMode(display=False) as counter:
+                recipe.encode(batch["video"], batch["posterior_noise"])
+            encoding = counter.get_total_flops()
+        # Blocks are alike: what one computes anew, all do.
+        num_blocks, few = len(recipe.dit.blocks), copy_of(recipe, 1)
+    once = sum(_passes(few, size))
+    checkpoint_activations(few, selective=False)
+    recomputed = num_blocks * (sum(_passes(few, size)) - once)
+    forward, backward = _passes(recipe, size)
+    return Work(recipe.num_tokens(size), forward + encoding, backward, encoding, recomputed)
+
+
+def copy_of(recipe: Recipe, num_blocks: int | None = None) -> Recipe:
+    """A copy on the meta device, of a DiT with its first blocks alone; what is beside the DiT is
+    the same."""
+    beside = [recipe.vae, recipe.text] if isinstance(recipe, DiTRecipe) else []
+    recipe = copy.deepcopy(recipe, {id(module): module for module in beside})
+    if isinstance(recipe, DiTRecipe):
+        recipe.dit.blocks = recipe.dit.blocks[:num_blocks]
+    return recipe
+
+
+def example_of(recipe: Recipe, samples: int, size: Size) -> Batch:
+    """A batch on the meta device, for a DiT with latents, as if the frozen VAE had been there."""
+    batch = recipe.example_batch(samples, "meta", size)
+    if "video" in batch and "ids" in batch:
+        batch["latents"] = batch["noise"]
+        del batch["video"], batch["posterior_noise"]
+    return batch
+
+
+def _passes(recipe: Recipe, size: Size) -> tuple[int, int]:
+    """FLOPs forward and backward."""
     with FlopCounterMode(display=False) as counter:
-        losses, _ = recipe(batch)
-        forward, counts = counter.get_total_flops(), counter.get_flop_counts()
-        in_blocks = sum(sum(counts[name].values()) for name in blocks if name in counts)
+        losses, _ = recipe(example_of(recipe, 1, size))
+        forward = counter.get_total_flops()
         losses.sum().backward()
         backward = counter.get_total_flops() - forward
     recipe.zero_grad()
-    encoding = 0
-    if isinstance(recipe, DiTRecipe) and "video" in batch:
-        with FlopCounterMode(display=False) as counter:
-            recipe.encode(batch["video"], batch["posterior_noise"])
-        encoding = counter.get_total_flops()
-    return Work(recipe.num_tokens(size), forward, backward, in_blocks, encoding)
+    return forward, backward
 
 
 @dataclass(frozen=True)

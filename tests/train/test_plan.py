@@ -1,5 +1,7 @@
 """`zoetrope plan`: what it says, what it refuses, and the rates it goes by."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,22 +12,17 @@ from dit.discriminator import DiscriminatorConfig, PatchDiscriminator
 from train.cli import main
 from train.config_file import load_config
 from train.gpus import GPUS, find_gpu, peak_flops
-from train.plan_layouts import GIB, Layout, own_layout
+from train.plan_layouts import GIB, SPARE, Layout, Machines, memory, model_of, own_layout
 from train.plan_recipe import recipe_on_meta, write_shapes
-from train.plan_report import between, flops, machines_of, money, two
+from train.plan_report import between, flops, machines_of, money, plan_run, two
 
 PRESETS = Path(__file__).parents[2] / "configs" / "presets"
-# Of some tokens: 2 x 2 x 2, where the room's VAE makes 3 x 4 x 4 latents of 5 x 16 x 16 pixels.
-WIDE = {
-    "recipe": {"dit": {"dim": 48, "num_blocks": 6, "num_heads": 4, "mlp_dim": 96}},
-    "train": {"dtype": "bfloat16", "batch_size": 8},
-}
 
 
 @pytest.fixture(scope="module")
 def config(room, tmp_path_factory):
     """The path of a DiT's."""
-    return room.write(tmp_path_factory.mktemp("plan") / "dit", "dit", **WIDE)
+    return room.write(tmp_path_factory.mktemp("plan") / "dit", "dit", train={"batch_size": 8})
 
 
 def refused(capsys, *arguments):
@@ -59,7 +56,7 @@ def test_gpus_are_known_by_the_names_that_cuda_gives_them():
     }
     assert {name: peak_flops(name) for name in rates} == rates
     assert peak_flops("NVIDIA H200", "float32") == 67e12
-    # Tensor cores are quicker than the rest of a GPU, and these are dense rates, not sparse ones.
+    # Tensor cores are quicker than the rest of a GPU, its memory than its links, these than networks.
     assert all(1.9 < gpu.bfloat16 / gpu.float32 < 50 for gpu in GPUS.values())
     assert all(20 * GIB < gpu.memory < 200 * GIB for gpu in GPUS.values())
     assert all(gpu.network < gpu.link < gpu.memory_rate for gpu in GPUS.values())
@@ -132,15 +129,83 @@ def test_files_of_shapes_read_as_zeros(tmp_path):
 
 
 def test_a_report(config, capsys):
-    main_ok(capsys, config, "--gpus", 8, "--gpu", "l40s")
-    out = main_ok(capsys, config, "--gpus", 8, "--gpu", "l40s", "--samples", 1e6, "--price", 2)
-    print(out)
-
-
-def main_ok(capsys, *arguments):
+    options = "--gpus=4 --gpu=4090 --price=2 --samples=10000000 --network-gbps=100"
     with pytest.raises(SystemExit) as stop:
-        main(["plan", *map(str, arguments)])
+        main(["plan", str(config), "train.steps=1000", *options.split()])
     assert stop.value.code == 0
-    out, err = capsys.readouterr()
+    text, err = capsys.readouterr()
     assert not err
-    return out
+    lines = text.splitlines()
+    assert all(len(line) <= 105 for line in lines)
+    assert lines[0] == f"{config} on 4 4090 in 1 node"
+    assert "The config's own layout:" in lines
+    assert "  weights whole on 4 GPUs; micro-batches of 2 samples" in lines
+    # 10 M samples at 8 a step, four GPUs at $2: days and dollars of the same steps.
+    seconds, days, dollars = (
+        re.search(pattern, text)
+        for pattern in (
+            r"A step: ([\d.]+)[^,]* s, MFU",
+            r"1,250,000 steps: ([\d.]+)",
+            r"days, \$([\d.]+)",
+        )
+    )
+    assert float(days[1]) == pytest.approx(float(seconds[1]) * 1_250_000 / 86400, rel=0.1)
+    assert float(dollars[1]) == pytest.approx(float(days[1]) * 24 * 4 * 2, rel=0.1)
+    table = lines[lines.index("Layouts that fit, the quickest first") + 2 :]
+    assert [line.split()[:3] for line in table[:3]] == [
+        [shard, "1", "none"] for shard in ("1", "2", "4")
+    ]
+    assert "12.5 to others (--network-gbps)" in text
+    assert "$2.00 an hour and GPU" in lines[-1]
+
+
+def test_a_layout_that_cannot_be_is_named_with_one_that_can(config):
+    bad = load_config(config, ["train.parallel.shard=3"])
+    text = plan_run(bad, machines_of("h100", 4))
+    assert (
+        "The config's own layout cannot be: train.parallel.shard=3 x context=1 does not divide 4 GPUs"
+    ) in text
+    assert "To use the first one: train.parallel.shard=1\n" in text
+
+
+def test_memory_that_is_missing_is_said(config):
+    """On a GPU with just so much memory that a batch in two parts fits, and not in one."""
+    run = load_config(config, ["train.batch_size=2048"])
+    model = model_of(recipe_on_meta(run)[0])
+    one, two_parts = (
+        memory(model, Layout(1, 1, 1, "none", accum, 2048 // accum)).peak for accum in (1, 2)
+    )
+    assert two_parts < 0.9 * one
+    reserve = SPARE[0] / (1 - SPARE[1])
+    small = replace(GPUS["h100"], memory=(one + two_parts) / 2 / (1 - SPARE[1]) + reserve)
+    text = plan_run(run, Machines(small, "toy", 1, 1, 1e9))
+    said = r"cannot be: it needs (0\.\d+) GiB of each GPU's (0\.\d+), (0\.\d+) too many"
+    needed, usable, missing = map(float, re.search(said, text).groups())
+    assert needed - usable == pytest.approx(missing, abs=0.01)
+    tiny = replace(small, memory=two_parts / 4 + reserve)
+    with pytest.raises(ValueError, match=r"no layout fits 1 toy: the leanest needs 0\.\d+ GiB of"):
+        plan_run(run, Machines(tiny, "toy", 1, 1, 1e9))
+
+
+def test_mistakes_are_one_line(config, capsys):
+    assert "--gpu=k80 is not known; there are a100-40, a100, h100" in refused(
+        capsys, config, "--gpu", "k80"
+    )
+    assert "--gpus=0 is not possible" in refused(capsys, config, "--gpus", 0)
+    assert "--gpus=8 does not divide into --nodes=3" in refused(
+        capsys, config, "--gpus", 8, "--nodes", 3
+    )
+    assert "--nodes=0 is not possible" in refused(capsys, config, "--nodes", 0)
+    assert "--gpus=12 does not fill nodes of 8 GPUs; say with --nodes" in refused(
+        capsys, config, "--gpus", 12
+    )
+    assert "--samples=-1 is not possible" in refused(capsys, config, "--samples", -1)
+    assert "--price=0.0 is not possible" in refused(capsys, config, "--price", 0)
+    assert "--network-gbps=0.0 is not possible" in refused(capsys, config, "--network-gbps", 0)
+    assert "--vae=wan3 is not known; there are wan2.1, wan2.2" in refused(
+        capsys, config, "--vae", "wan3"
+    )
+    odd = refused(capsys, config, "train.batch_size=7", "recipe.dit.num_heads=2", "--gpus", 16)
+    assert "train.batch_size=7 does not divide among 16 GPUs" in odd
+    assert "does not exist" in refused(capsys, "none.yaml")
+    assert "unknown key" in refused(capsys, config, "train.parallel.shards=2")
