@@ -23,7 +23,7 @@ demo: setup
 	@$(BIN)/python -m train.demo $(DEMO)
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Kills runs with SIGKILL, ten times each, and continues them; the result goes to docs/chaos.md.
 chaos: setup

@@ -7,6 +7,7 @@ A DiT's blocks are alike, and so are the samples of a batch: what a few blocks, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -37,10 +38,15 @@ class Most:
 
 
 class Activations:
-    """Of a recipe on the meta device, in bytes of a rank; for the largest of its clips."""
+    """Of a recipe on the meta device, in bytes of a rank; for the largest of its clips.
 
-    def __init__(self, recipe: Recipe) -> None:
+    Args:
+        on_step: called before a step is measured, which takes seconds.
+    """
+
+    def __init__(self, recipe: Recipe, on_step: Callable[[], object] = lambda: None) -> None:
         self.recipe = recipe
+        self.on_step = on_step
         self.size: Size = max(recipe.config.data.sizes, key=math.prod)
         self.num_blocks = len(recipe.dit.blocks) if isinstance(recipe, DiTRecipe) else 0
         self._measured = lru_cache(maxsize=None)(self._measure)
@@ -110,6 +116,7 @@ class Activations:
     ) -> Measured:
         shard = max(1, RANKS // context) if sharded else 1
         case = Case(mode, shard, context, micro_batch, num_blocks=blocks)
+        self.on_step()
         return measure(self.recipe, case, self.size)
 
     @lru_cache(maxsize=2)  # noqa: B019 (as long-lived as this)

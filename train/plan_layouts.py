@@ -6,6 +6,7 @@ assumptions are constants here, and the report states them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dit.transformer import DiTConfig
@@ -201,10 +202,11 @@ def gathered_bytes(model: Model, unit: str) -> float:
     return total(size * (min(2, each) if half else each) for size, each in sizes)
 
 
-def model_of(recipe: Recipe) -> Model:
-    """Counts and, when asked, measures a recipe on the meta device."""
+def model_of(recipe: Recipe, on_step: Callable[[], object] = lambda: None) -> Model:
+    """Counts and, when asked, measures a recipe on the meta device; calls `on_step` before each step
+    that it measures."""
     buffers = total(buffer.nbytes for buffer in recipe.buffers())
     dit = recipe.dit.config if isinstance(recipe, DiTRecipe) else None
     parameters, work = list_parameters(recipe), count_work(recipe)
     units = len(recipe.blocks()) + 1
-    return Model(recipe.config, work, parameters, Activations(recipe), buffers, units, dit)
+    return Model(recipe.config, work, parameters, Activations(recipe, on_step), buffers, units, dit)

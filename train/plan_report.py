@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tqdm import tqdm
+
 from data.buckets import size_name
 from train.config import RunConfig
 from train.gpus import PRICE_DATE, find_gpu
@@ -75,11 +77,12 @@ def plan_run(
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{option}={value} is not possible; give a number above 0")
     recipe, notes = recipe_on_meta(config, vae)
-    model = model_of(recipe)
-    found = search(model, machines)
-    if not found:
-        raise ValueError(_nothing_fits(model, machines))
-    own, complaint = _own(model, machines)
+    with tqdm(desc="measuring", unit=" steps", leave=False, disable=None) as bar:
+        model = model_of(recipe, bar.update)
+        found = search(model, machines)
+        if not found:
+            raise ValueError(_nothing_fits(model, machines))
+        own, complaint = _own(model, machines)
     shown = own or found[0]
     samples = samples or config.train.steps * config.train.batch_size
     price = price or machines.gpu.price

@@ -41,6 +41,18 @@ def stalled(self, batch):
 VAERecipe.forward = stalled
 cli.main(["train", sys.argv[1]])
 """
+NOT_FINITE = """
+import math
+forward = VAERecipe.forward
+
+def diverge(self, batch):
+    losses, values = forward(self, batch)
+    calls.append(1)
+    return losses * (math.nan if odd and len(calls) == 3 else 1), values
+
+VAERecipe.forward = diverge
+cli.main(["train", sys.argv[1]])
+"""
 OTHER_SEED = """
 cli.main(["train", sys.argv[1], *(["seed=3"] if odd else [])])
 """
@@ -137,6 +149,22 @@ def test_other_rows_on_one_rank(room, odd, tmp_path):
     (line,) = (line for line in output.splitlines() if line.startswith("zoetrope: error"))
     assert "error: rank 1 (" in line
     assert "and rank 0 have different data.manifest: " in line
+
+
+def test_an_occupied_folder_stops_both(room, nursery, tmp_path):
+    with room.occupied(tmp_path / "run"):
+        code, output = nursery.run("-m", "train", room.write(tmp_path / "run", "vae"), processes=2)
+    assert code != 0
+    assert "run: another process is training into this folder" in output
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both(room, odd, tmp_path):
+    code, output = odd(NOT_FINITE, room.write(tmp_path / "run", "vae"))
+    assert code != 0
+    assert "zoetrope: error: step 2: loss nan" in output
+    for rank in (0, 1):
+        assert (tmp_path / "run" / f"nonfinite-step-2-rank-{rank}" / "batch.json").is_file()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Every way to spread a run over processes trains as one process does."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,6 +16,10 @@ LARGE_EPS = {"gan": {**ADAM, "eps": 3e-2}}
 # By world size: the recipe, and what is changed in its train section.
 LAYOUTS = {
     2: {
+        "replicas": ("dit", {}),
+        "replicas, cached": ("dit", {}),
+        "replicas vae": ("vae", {}),
+        "replicas gan": ("gan", {}),
         "fsdp": ("dit", {"parallel": {"shard": 2}}),
         "fsdp vae": ("vae", {"parallel": {"shard": "auto"}}),
         "fsdp gan": ("gan", {"parallel": {"shard": 2}}),
@@ -50,11 +56,17 @@ LAYOUTS = {
 CASES = [(world_size, name) for world_size, layouts in LAYOUTS.items() for name in layouts]
 
 
-def changes(kind, train):
+def changes(kind, train, latents=None):
+    """What a run's config says; latents is the folder of a latent cache."""
     optimizer = LARGE_EPS.get(kind, ADAM)
     steps = {"steps": 20, "checkpoint_interval": 10, "optimizer": optimizer}
-    dit = {"recipe": {"dit": {"num_blocks": 2}}} if kind == "dit" else {}
-    return {"train": {**steps, **train}, "logging": {"interval": 1}, **dit}
+    values = {"train": {**steps, **train}, "logging": {"interval": 1}}
+    if kind == "dit":
+        values["recipe"] = {"dit": {"num_blocks": 2}}
+        if latents is not None:
+            values["recipe"] |= {"latent_cache": str(latents), "cache_dtype": "float32"}
+            values["data"] = {"random_start": False}
+    return values
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +74,13 @@ def straight(room, tmp_path_factory):
     """The folder of a run in one process, by what else changes the training."""
     made = {}
 
-    def run(kind, train):
+    def run(kind, train, cached=False):
         kept = {key: train[key] for key in ("optimizer", "dtype") if key in train}
-        key = (kind, *kept)
+        key = (kind, cached, *kept)
         if key not in made:
-            out = tmp_path_factory.mktemp("straight") / "run"
-            made[key] = room.train(out, kind, **changes(kind, kept))
+            folder = tmp_path_factory.mktemp("straight")
+            latents = folder / "latents" if cached else None
+            made[key] = room.train(folder / "run", kind, **changes(kind, kept, latents))
         return made[key]
 
     return run
@@ -81,10 +94,11 @@ def spread(room, several, tmp_path_factory):
 
     def run(world_size, name):
         if world_size not in ended:
-            configs = [
-                room.write(folder / f"{world_size} {layout}", kind, **changes(kind, train))
-                for layout, (kind, train) in LAYOUTS[world_size].items()
-            ]
+            configs = []
+            for layout, (kind, train) in LAYOUTS[world_size].items():
+                latents = folder / "latents" if "cached" in layout else None
+                values = changes(kind, train, latents)
+                configs.append(room.write(folder / f"{world_size} {layout}", kind, **values))
             ended[world_size] = None, "it did not end"
             ended[world_size] = several([("train", c) for c in configs], world_size)
         out = folder / f"{world_size} {name}"
@@ -97,10 +111,11 @@ def spread(room, several, tmp_path_factory):
 @pytest.mark.parametrize(("world_size", "name"), CASES)
 def test_trains_as_one_process_does(straight, spread, world_size, name):
     kind, train = LAYOUTS[world_size][name]
-    out, one = spread(world_size, name), straight(kind, train)
+    out, one = spread(world_size, name), straight(kind, train, "cached" in name)
     rows, expected = (read_log(folder / "log.jsonl") for folder in (out, one))
     assert len(rows) == len(expected) == 20
-    for key in ("loss", "grad_norm", "val/loss" if kind == "dit" else "val/psnr"):
+    adversary = ["grad_norm_discriminator"] if kind == "gan" else []
+    for key in ("loss", "grad_norm", "val/loss" if kind == "dit" else "val/psnr", *adversary):
         found, wanted = ([row[key] for row in log if key in row] for log in (rows, expected))
         assert len(found) >= 2
         # Muon orthogonalises in bfloat16, where a rounding error may tip a value to the next one;
@@ -116,3 +131,16 @@ def test_trains_as_one_process_does(straight, spread, world_size, name):
         torch.testing.assert_close(others[key], value, atol=tolerance, rtol=0)
     made, wanted = ({path.name for path in folder.glob("samples/*/*.mp4")} for folder in (out, one))
     assert made == wanted != set()
+
+
+@pytest.mark.parametrize("kind", ["vae", "gan", "dit"])
+def test_one_process_goes_on_from_what_two_have_written(room, straight, spread, tmp_path, kind):
+    name = {"dit": "fsdp"}.get(kind, f"replicas {kind}")
+    out = shutil.copytree(spread(2, name), tmp_path / "run")
+    shutil.rmtree(out / "checkpoints" / "step-00000020")
+    room.train(out, kind, **changes(kind, {}))
+    losses, expected = (
+        [row["loss"] for row in read_log(folder / "log.jsonl")]
+        for folder in (out, straight(kind, {}))
+    )
+    assert losses == pytest.approx(expected, abs=1e-5)
