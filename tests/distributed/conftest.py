@@ -52,19 +52,25 @@ for line in open(sys.argv[1]):
 """
 
 
-def _free_port():
-    with socket.socket() as sock:
-        sock.bind(("localhost", 0))
-        return sock.getsockname()[1]
+@pytest.fixture(scope="session")
+def free_port():
+    """Finds a port that nothing listens at."""
+
+    def find():
+        with socket.socket() as sock:
+            sock.bind(("localhost", 0))
+            return sock.getsockname()[1]
+
+    return find
 
 
 @pytest.fixture(scope="session")
-def several(torchrun, tmp_path_factory):
+def several(torchrun, free_port, tmp_path_factory):
     """Commands of `zoetrope`, one after the other in the same processes: (exit code, all output)."""
 
     def run(commands, processes):
         folder = tmp_path_factory.mktemp("several")
-        lines = ["\t".join(map(str, (_free_port(), *command))) for command in commands]
+        lines = ["\t".join(map(str, (free_port(), *command))) for command in commands]
         (folder / "commands.txt").write_text("".join(f"{line}\n" for line in lines))
         (folder / "several.py").write_text(_SEVERAL)
         return torchrun(folder / "several.py", folder / "commands.txt", processes=processes)

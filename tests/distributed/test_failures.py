@@ -1,6 +1,9 @@
 """What goes wrong on one rank: a stall, another config, other rows, a signal, a sudden end. All ranks
 end together, with one line that names it."""
 
+import re
+import time
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -84,6 +87,18 @@ def interrupted(self, number, loader, stop):
     return step(self, number, loader, stop)
 
 train.loop.Run.step = interrupted
+cli.main(["train", sys.argv[1]])
+"""
+# So that others may come and go before it ends.
+SLOW = """
+import train.loop
+step = train.loop.Run.step
+
+def slow(self, number, loader, stop):
+    time.sleep(0.25)
+    return step(self, number, loader, stop)
+
+train.loop.Run.step = slow
 cli.main(["train", sys.argv[1]])
 """
 SHORT = {"train": {"checkpoint_interval": 3}, "logging": {"interval": 2, "val_interval": 4}}
@@ -180,7 +195,7 @@ def assert_same(out, whole):
         assert row.keys() == one.keys()
         figures = [key for key in one if key not in TIME_FIELDS]
         assert [row[key] for key in figures] == pytest.approx(
-            [one[key] for key in figures], abs=1e-5
+            [one[key] for key in figures], abs=1e-5, rel=1e-5
         )
     weights, others = (load_file(folder / "model" / "vae.safetensors") for folder in (whole, out))
     for name, value in weights.items():
@@ -209,3 +224,40 @@ def test_torchrun_starts_again_when_a_rank_dies(room, odd, whole, tmp_path):
     assert "zoetrope: error: lost contact with another process of this run" in output
     assert "parameters, resumed, steps 6 to 12" in output
     assert_same(tmp_path / "run", whole)
+
+
+def test_hosts_come_and_go(room, nursery, free_port, tmp_path):
+    """`torchrun --nnodes 1:2`: one of two hosts is lost, the other goes on alone; a third comes."""
+    slow = {"kind": "adamw", "lr": 2e-4}  # or rounding errors grow
+    train = {"steps": 40, "checkpoint_interval": 5, "optimizer": slow}
+    changes = {"train": train, "logging": {"interval": 1}}
+    config = room.write(tmp_path / "run", "vae", **changes)
+    script = tmp_path / "start.py"
+    script.write_text(START + SLOW)
+
+    def host():
+        return nursery.start(script, config, 0, processes=1, restarts=3, port=port)
+
+    def steps():
+        log = tmp_path / "run" / "log.jsonl"
+        return len(read_log(log)) if log.exists() else 0
+
+    def wait_for(step):
+        limit = time.monotonic() + 100
+        while steps() < step and first.poll() is None and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert steps() >= step, first.communicate()[0]
+
+    port = free_port()
+    first, second = host(), host()
+    wait_for(8)
+    nursery.kill_family(second.pid)
+    wait_for(16)
+    third = host()
+    outputs = [process.communicate()[0] for process in (first, third)]
+    assert (first.returncode, third.returncode) == (0, 0), outputs
+    # Whichever is rank 0 says how many there are.
+    said = re.findall(r"float32 on cpu in (\d) process", "".join(outputs))
+    assert said == ["2", "1", "2"]
+    one = room.train(tmp_path / "one", "vae", **changes)
+    assert_same(tmp_path / "run", one)

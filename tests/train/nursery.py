@@ -51,13 +51,13 @@ class Nursery:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(self, *arguments, processes=0, restarts=0):
-        """`python ARGUMENTS`, or `torchrun --nproc-per-node PROCESSES --max-restarts RESTARTS ...`."""
+    def start(self, *arguments, processes=0, restarts=0, port=0):
+        """`python ARGUMENTS`, or `torchrun --nproc-per-node PROCESSES --max-restarts RESTARTS ...`; with
+        a port, of which one or two meet there: `--nnodes 1:2 --rdzv-endpoint localhost:PORT`."""
         handle, log = tempfile.mkstemp(suffix=".log")
         os.close(handle)
-        pid = self.ask(
-            start=list(map(str, arguments)), processes=processes, restarts=restarts, log=log
-        )
+        request = {"processes": processes, "restarts": restarts, "port": port, "log": log}
+        pid = self.ask(start=list(map(str, arguments)), **request)
         return Child(self, pid, Path(log))
 
     def run(self, *arguments, processes=0, restarts=0):
@@ -129,18 +129,21 @@ def run(arguments):
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def launch(arguments, processes, restarts):
+def launch(arguments, processes, restarts, port):
     """As torchrun does."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if port:  # see docs/clusters.md
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     config = LaunchConfig(
         min_nodes=1,
-        max_nodes=1,
+        max_nodes=2 if port else 1,
         nproc_per_node=processes,
-        run_id=str(uuid.uuid4()),
+        run_id=str(port or uuid.uuid4()),
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=f"localhost:{port}",
+        rdzv_configs={"last_call_timeout": 2} if port else {},  # for which one waits for a second
         max_restarts=restarts,
         start_method="fork",
     )
@@ -162,7 +165,7 @@ def main():
     os.dup2(log, 1)
     os.dup2(log, 2)
     if request["processes"]:
-        launch(request["start"], request["processes"], request["restarts"])
+        launch(request["start"], request["processes"], request["restarts"], request["port"])
     else:
         run(request["start"])
 
