@@ -52,7 +52,7 @@ class Nursery:
         return json.loads(self.server.stdout.readline())
 
     def start(self, *arguments, processes=0, restarts=0, port=0):
-        """`python ARGUMENTS`, or `torchrun --nproc-per-node PROCESSES --max-restarts RESTARTS ...`; with
+        """`python ARGUMENTS`, or `torchrun --nproc-per-node PROCESSES --max-restarts RESTARTS`; with
         a port, of which one or two meet there: `--nnodes 1:2 --rdzv-endpoint localhost:PORT`."""
         handle, log = tempfile.mkstemp(suffix=".log")
         os.close(handle)
