@@ -41,6 +41,35 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+# `python -m train CONFIG` that writes down how long it was busy with its log.
+TIMED = """
+import atexit, json, sys, time
+from train import loop
+from train.cli import main
+
+spent = {"step": [], "row": []}
+
+def timed(owner, name, key):
+    method = getattr(owner, name)
+    def wrapper(*arguments, **options):
+        begin = time.perf_counter()
+        try:
+            return method(*arguments, **options)
+        finally:
+            spent[key].append(time.perf_counter() - begin)
+    setattr(owner, name, wrapper)
+
+timed(loop.Window, "add", "step")
+for name in ("add", "begin", "end_with"):
+    timed(loop.Meter, name, "step")
+timed(loop.Meter, "take", "row")
+for name in ("row", "say"):
+    timed(loop.RunLog, name, "row")
+atexit.register(lambda: open(sys.argv[2], "w").write(json.dumps(spent)))
+main(["train", sys.argv[1]])
+"""
+
+
 def config(folder: Path, out: str, steps: int, recipe: dict[str, Any], **train: Any) -> Path:
     """A run's YAML file."""
     values = {
@@ -79,10 +108,10 @@ def config(folder: Path, out: str, steps: int, recipe: dict[str, Any], **train: 
     return path
 
 
-def run(path: Path, processes: int) -> list[dict[str, Any]]:
+def run(path: Path, processes: int, *program: str) -> list[dict[str, Any]]:
     """Trains, and gives the rows of log.jsonl."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*command, f"--nproc-per-node={processes}", "-m", "train", str(path)]
+    command = [*command, f"--nproc-per-node={processes}", *(program or ("-m", "train", str(path)))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -125,17 +154,33 @@ def main() -> None:
                 f"{label:28}{processes:>10}{1000 * seconds:>10.0f}{base / seconds:>8.2f}{mfu:>23.1%}",
                 flush=True,
             )
-        print(
-            "\ncheckpoints: seconds that one keeps the training waiting, and that it takes to write"
-        )
-        for label, writes in (("beside training", True), ("while it waits", False)):
-            often = {"checkpoint_interval": 5, "async_checkpoints": writes}
-            rows = run(config(folder, f"checkpoint-{writes}", given.steps, dit, **often), 1)
-            kept = [row for row in rows[:-1] if row.get("checkpoint_seconds")]
-            waited = statistics.median(row["checkpoint_seconds"] for row in kept)
-            wrote = statistics.median(row["checkpoint_write_seconds"] for row in kept)
-            share = waited / (waited + 1000 * seconds_per_step(rows))
-            print(f"{label:28}{waited:>10.4f}{wrote:>10.4f}   {share:.3%} of 1,000 steps")
+        measure_checkpoints(folder, dit, given.steps)
+        measure_logging(folder, dit, given.steps)
+
+
+def measure_checkpoints(folder: Path, dit: dict[str, Any], steps: int) -> None:
+    print("\ncheckpoints: seconds that one keeps the training waiting, and that it takes to write")
+    for label, beside in (("beside training", True), ("while it waits", False)):
+        often = {"checkpoint_interval": 5, "async_checkpoints": beside}
+        rows = run(config(folder, f"checkpoint-{beside}", steps, dit, **often), 1)
+        kept = [row for row in rows[:-1] if row.get("checkpoint_seconds")]
+        waited = statistics.median(row["checkpoint_seconds"] for row in kept)
+        wrote = statistics.median(row["checkpoint_write_seconds"] for row in kept)
+        share = waited / (waited + 1000 * seconds_per_step(rows))
+        print(f"{label:28}{waited:>10.4f}{wrote:>10.4f}   {share:.3%} of 1,000 steps")
+
+
+def measure_logging(folder: Path, dit: dict[str, Any], steps: int) -> None:
+    path, out = config(folder, "logging", steps, dit), folder / "spent.json"
+    (folder / "timed.py").write_text(TIMED)
+    rows = run(path, 1, str(folder / "timed.py"), str(path), str(out))
+    spent = json.loads(out.read_text())
+    each, row = sum(spent["step"]) / steps, sum(spent["row"]) / steps
+    share = (each + row / 50) / seconds_per_step(rows)
+    print(
+        f"\nlogging: {1e6 * each:.0f} us a step and {1e3 * row:.2f} ms a row, {share:.3%} of the time "
+        "with a row every 50 steps"
+    )
 
 
 if __name__ == "__main__":
