@@ -66,6 +66,9 @@ class ParallelConfig(Section):
     shard: PositiveInt | Literal["auto"] = 1  # auto: all processes, one replica
     context: PositiveInt = 1
     context_method: Literal["auto", "ulysses", "gather"] = "auto"  # auto: ulysses if heads divide
+    # Of sharded weights, gradients are whole on every rank until the last micro-batch of a step, which
+    # exchanges least; or sharded after each, which needs least memory.
+    accumulate: Literal["whole", "sharded"] = "whole"
 
 
 class SpikeConfig(Section):

@@ -261,7 +261,8 @@ class Run:
             batch = self.recipe.make_batch(items, step)
             self.batches.append(batch)
             self.samples.append({key: items[key] for key in ("g", "rows", "captions")})
-            with keep_local(self.model, micro < config.grad_accum - 1):
+            local = micro < config.grad_accum - 1
+            with keep_local(self.model, local, config.parallel.accumulate):
                 with self.autocast():
                     losses, values = self.model(batch)
                 loss = losses.sum() * scale

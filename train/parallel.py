@@ -123,12 +123,14 @@ def _shards(recipe: nn.Module) -> list[FSDPModule]:
     return [module for module in recipe.modules() if isinstance(module, FSDPModule)]
 
 
-def keep_local(model: nn.Module, local: bool) -> AbstractContextManager[None]:
-    """Inside it, backward passes leave gradients unsynchronised if `local`."""
+def keep_local(model: nn.Module, local: bool, accumulate: str) -> AbstractContextManager[None]:
+    """Inside it, backward passes leave gradients unsynchronised if `local`; accumulated in shards, they
+    are added up within each copy of the weights, but not among copies."""
     if isinstance(model, DistributedDataParallel):
         return model.no_sync() if local else nullcontext()
     for module in _shards(model):
-        module.set_requires_gradient_sync(not local, recurse=False)
+        module.set_requires_gradient_sync(not local or accumulate == "sharded", recurse=False)
+        module.set_requires_all_reduce(not local, recurse=False)
     return nullcontext()
 
 

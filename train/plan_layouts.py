@@ -62,6 +62,7 @@ class Layout:
     activation_checkpointing: str
     grad_accum: int
     micro_batch: int
+    accumulate: str = "whole"  # gradients, or "sharded" ones
 
     @property
     def weight_ranks(self) -> int:
@@ -79,6 +80,7 @@ class Layout:
             "train.parallel.context": self.context,
             "train.activation_checkpointing": self.activation_checkpointing,
             "train.grad_accum": self.grad_accum,
+            **({"train.parallel.accumulate": self.accumulate} if self.grad_accum > 1 else {}),
         }
 
     def overrides(self, config: RunConfig) -> str:
@@ -86,7 +88,7 @@ class Layout:
         train, parallel = config.train, config.train.parallel
         there = (
             *(parallel.shard, parallel.context),
-            *(train.activation_checkpointing, train.grad_accum),
+            *(train.activation_checkpointing, train.grad_accum, parallel.accumulate),
         )
         pairs = zip(self.settings().items(), there)
         return " ".join(f"{key}={value}" for (key, value), before in pairs if value != before)
@@ -115,6 +117,7 @@ def own_layout(config: RunConfig, gpus: int) -> Layout:
     return Layout(
         *(gpus, shard, parallel.context, train.activation_checkpointing, train.grad_accum),
         micro_batch=train.batch_size // parts,
+        accumulate=parallel.accumulate,
     )
 
 
@@ -169,8 +172,8 @@ def states(model: Model, layout: Layout) -> Memory:
         validation += gathered_bytes(model, "block") + gathered_bytes(model, "rest")
     elif layout.gpus > 1:  # the buckets of DistributedDataParallel stay
         validation += own
-    # Sharded gradients stay whole until the last micro-batch, after which they are shared out.
-    whole = ranks > 1 and layout.grad_accum > 1
+    # Of sharded weights they are whole until the last micro-batch, and sharded after it; or after each.
+    whole = ranks > 1 and layout.grad_accum > 1 and layout.accumulate == "whole"
     gradients = total(4 * p.size for p in trained) if whole else own
     return Memory(weights, gradients, optimizer, averages, 0.0, base, validation)
 

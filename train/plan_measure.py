@@ -62,6 +62,7 @@ class Case:
     context: int = 1
     micro_batch: int = 1
     grad_accum: int = 1
+    accumulate: str = "whole"
     num_blocks: int | None = None  # of a DiT, the first so many; None: all
     num_steps: int = 1  # with 1 there is no update, and no optimizer state; with more, both
 
@@ -212,7 +213,7 @@ def _prepared(recipe: Recipe, case: Case, ranks: Ranks) -> Recipe:
     """A copy with the case's settings, with a GPU's ways, and without what is frozen beside it."""
     recipe = copy_of(recipe, case.num_blocks)
     parallel = recipe.config.train.parallel.model_copy(
-        update={"shard": case.shard, "context": case.context}
+        update={"shard": case.shard, "context": case.context, "accumulate": case.accumulate}
     )
     recipe.config = with_train(
         recipe.config,
@@ -291,8 +292,9 @@ def _steps(
 
 
 def _forward_and_backward(recipe: Recipe, batch: Batch, last: bool, storages: Storages) -> None:
-    half = recipe.config.train.dtype == "bfloat16"
-    with keep_local(recipe, not last):
+    train = recipe.config.train
+    half = train.dtype == "bfloat16"
+    with keep_local(recipe, not last, train.parallel.accumulate):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             losses, _ = recipe(batch)
         storages.end_of("forward")

@@ -288,15 +288,16 @@ class Bill:
         lines = [
             "",
             "Layouts that fit, the quickest first",
-            f"  {'shard':>5} {'context':>7} {'checkpointing':>13} {'accum':>5} {'micro-batch':>11} "
-            f"{'GiB':>6}   {'step, s':14} {'days':14} dollars",
+            f"  {'shard':>5} {'context':>7} {'checkpointing':>13} {'accum':>13} {'micro-batch':>11} "
+            f"{'GiB':>6}   {'step, s':12} {'days':12} dollars",
         ]
         for option in options:
             x = option.layout
+            accum = str(x.grad_accum) + (", sharded" if x.accumulate == "sharded" else "")
             lines.append(
-                f"  {x.shard:5} {x.context:7} {x.activation_checkpointing:>13} {x.grad_accum:5} "
+                f"  {x.shard:5} {x.context:7} {x.activation_checkpointing:>13} {accum:>13} "
                 f"{x.micro_batch:11} {gib(option.memory.peak):>6}   "
-                f"{between(option.times.step):14} {between(self.days(option)):14} "
+                f"{between(option.times.step):12} {between(self.days(option)):12} "
                 f"{between(self.dollars(option), money)}"
             )
         changes = options[0].layout.overrides(self.model.config)

@@ -51,7 +51,10 @@ def _layouts(model: Model, machines: Machines, context: int, mode: str) -> Itera
         usual = shard & (shard - 1) == 0 or shard in (of_node, gpus // context)
         if usual and (shard * context == 1 or may_shard):
             for accum in divisors(per_rank):
-                yield Layout(gpus, shard, context, mode, accum, per_rank // accum)
+                layout = Layout(gpus, shard, context, mode, accum, per_rank // accum)
+                yield layout
+                if accum > 1 and layout.weight_ranks > 1:
+                    yield replace(layout, accumulate="sharded")
 
 
 def _modes(model: Model) -> tuple[str, ...]:
@@ -148,7 +151,8 @@ def leanest(model: Model, machines: Machines) -> Option | None:
         return known.step + known.gradients, layout.micro_batch / layout.context
 
     # Of each way the smallest: whether whole gradients or larger micro-batches take more is measured.
-    ways = {(x.grad_accum > 1, x.context): x for x in sorted(layouts, key=between_passes)[::-1]}
+    smallest_last = sorted(layouts, key=between_passes)[::-1]
+    ways = {(x.grad_accum > 1, x.accumulate, x.context): x for x in smallest_last}
     return min((consider(model, machines, x) for x in ways.values()), key=lambda o: o.memory.peak)
 
 

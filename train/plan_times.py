@@ -75,7 +75,8 @@ def exchanges(model: Model, machines: Machines, layout: Layout) -> list[Exchange
         blocks, rest = (gathered_bytes(model, unit) for unit in ("block", "rest"))
         weights = 2 * blocks + rest  # blocks once more for the backward pass
         add("all-gather", "weights", accum * weights, ranks, 1, accum * 2 * units)
-        add("reduce-scatter", "gradients", gradients, ranks, 1, units)
+        often = accum if layout.accumulate == "sharded" else 1
+        add("reduce-scatter", "gradients", often * gradients, ranks, 1, often * units)
         of_one = 4 * total(p.held(ranks) for p in shared)
         add("all-reduce", "gradients of replicas", 2 * of_one, layout.replicas, ranks, 2 * units)
         add("all-reduce", "gradients, unsharded", 2 * beside, layout.gpus, 1, 2)
@@ -144,14 +145,18 @@ def _passes(
     forward += work.encoding / (gpu.bfloat16 * TF32 * vae_share)  # each rank of a context does all
     forward, backward = forward * layout.micro_batch, backward * layout.micro_batch
 
-    seconds = {"all-gather": 0.0, CONTEXTS: 0.0, "gradients": 0.0}
+    seconds = {"all-gather": 0.0, "reduce-scatter": 0.0, CONTEXTS: 0.0, "gradients": 0.0}
     for exchange in exchanges(model, machines, layout):
         kind = exchange.kind if exchange.kind in seconds else exchange.purpose
         seconds[kind if kind in seconds else "gradients"] += exchange.seconds
+    # In each backward pass, and in the last one of a step.
     gathering = seconds["all-gather"] / accum / 2
+    each, last = gathering, gathering + seconds["gradients"] + seconds["reduce-scatter"]
+    if layout.accumulate == "sharded":
+        scattering = seconds["reduce-scatter"] / accum
+        each, last = gathering + scattering, gathering + seconds["gradients"] + scattering
     exposed = accum * max(0.0, gathering - forward) + seconds[CONTEXTS]
-    exposed += (accum - 1) * max(0.0, gathering - backward)
-    exposed += max(0.0, gathering + seconds["gradients"] - backward)
+    exposed += (accum - 1) * max(0.0, each - backward) + max(0.0, last - backward)
     return accum * (forward + backward), exposed
 
 

@@ -29,6 +29,10 @@ LAYOUTS = {
             "dit",
             {"grad_accum": 2, "ema": {"offload": True}, "parallel": {"shard": 2}},
         ),
+        "accumulated in shards": (
+            "dit",
+            {"grad_accum": 2, "parallel": {"shard": 2, "accumulate": "sharded"}},
+        ),
         "bfloat16": ("dit", {"dtype": "bfloat16", "parallel": {"shard": 2}}),
         "accumulated gan": ("gan", {"grad_accum": 2}),
         "anew vae": (
@@ -48,6 +52,14 @@ LAYOUTS = {
     4: {
         "hsdp": ("dit", {"parallel": {"shard": 2}}),
         "hsdp gan": ("gan", {"parallel": {"shard": 2}}),
+        "hsdp, accumulated in shards": (
+            "dit",
+            {
+                "batch_size": 8,
+                "grad_accum": 2,
+                "parallel": {"shard": 2, "accumulate": "sharded"},
+            },
+        ),
         "ulysses x fsdp": ("dit", {"parallel": {"shard": 2, "context": 2}}),
         "gather 4": ("dit", {"parallel": {"context": 4}}),  # as two heads do not divide
         "replicas x ulysses": ("dit", {"parallel": {"context": 2}}),
@@ -75,7 +87,7 @@ def straight(room, tmp_path_factory):
     made = {}
 
     def run(kind, train, cached=False):
-        kept = {key: train[key] for key in ("optimizer", "dtype") if key in train}
+        kept = {key: train[key] for key in ("optimizer", "dtype", "batch_size") if key in train}
         key = (kind, cached, *kept)
         if key not in made:
             folder = tmp_path_factory.mktemp("straight")

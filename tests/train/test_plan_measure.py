@@ -90,6 +90,10 @@ LAYOUTS = {
     "sharded": ("dit", "none", 8, 1, 1, 8, HALF),
     "sharded, blocks anew": ("dit", "block", 4, 1, 1, 8, HALF),
     "sharded, accumulated": ("dit", "selective", 8, 1, 2, 4, HALF),
+    "sharded, accumulated so": (
+        *("dit", "none", 8, 1, 3, 4),
+        {**HALF, "parallel": {"accumulate": "sharded"}},
+    ),
     "contexts": ("dit", "selective", 4, 2, 1, 8, HALF),
     "contexts of 3, which heads do not divide into": ("dit", "none", 2, 3, 1, 4, HALF),
     "muon": ("dit", "none", 1, 1, 1, 1, {"optimizer": {"kind": "muon", "lr": 1e-3}}),
@@ -104,8 +108,10 @@ def test_memory_is_that_of_the_real_step(room, tmp_path, name):
     config = config_of(room, tmp_path, kind, train=train)
     recipe, _ = recipe_on_meta(config)
     model = model_of(recipe)
-    planned = memory(model, Layout(shard * context, shard, context, mode, accum, micro))
-    case = Case(mode, shard, context, micro, accum, num_steps=2)
+    accumulate = config.train.parallel.accumulate
+    layout = Layout(shard * context, shard, context, mode, accum, micro, accumulate)
+    planned = memory(model, layout)
+    case = Case(mode, shard, context, micro, accum, accumulate, num_steps=2)
     real = measure(recipe, case, config.data.sizes[0])
 
     frozen = sum(p.numel() * 4 for p in recipe.vae.parameters()) if kind == "dit" else 0
@@ -148,6 +154,7 @@ class Received(TorchDispatchMode):
 # copies, shard, context, grad_accum, settings
 EXCHANGES = {
     "shards": (1, 4, 1, 2, {}),
+    "sharded gradients": (2, 4, 1, 3, {"parallel": {"accumulate": "sharded"}}),
     "copies of shards in bfloat16": (2, 4, 1, 1, HALF),
     "heads of contexts": (1, 2, 2, 1, {"activation_checkpointing": "block"}),
     "keys and values of contexts": (2, 1, 3, 1, HALF),
@@ -158,7 +165,7 @@ EXCHANGES = {
 def test_exchanges_are_those_of_the_real_step(room, tmp_path, name):
     """Of tiny networks, among ranks that are not there; DistributedDataParallel takes none."""
     copies, shard, context, accum, train = EXCHANGES[name]
-    parallel = {"shard": shard, "context": context}
+    parallel = {**train.get("parallel", {}), "shard": shard, "context": context}
     train = {**train, "grad_accum": accum, "batch_size": 24 * accum, "parallel": parallel}
     config = config_of(room, tmp_path, "dit", train=train)
     recipe, _ = recipe_on_meta(config)
@@ -181,7 +188,8 @@ def test_exchanges_are_those_of_the_real_step(room, tmp_path, name):
         with Received() as received:
             for micro in range(accum):
                 half = torch.autocast("cpu", torch.bfloat16, enabled="dtype" in train)
-                with keep_local(model, micro < accum - 1), half:
+                local = micro < accum - 1
+                with keep_local(model, local, parallel.get("accumulate", "whole")), half:
                     losses, _ = model(example)
                 losses.sum().backward()
             average_copies(model, ranks)
