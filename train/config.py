@@ -190,6 +190,8 @@ FREE_TO_CHANGE = (
     "data.memory_gb",
     "data.max_bad_share",
     "train.threads",
+    "train.grad_accum",
+    "train.compile",
     "train.checkpoint_interval",
     "train.async_checkpoints",
     "train.keep_checkpoints",

@@ -251,6 +251,18 @@ def describe(step: int, num_steps: int, row: dict[str, float]) -> str:
     return "  ".join(shown)
 
 
+def describe_validation(step: int, num_steps: int, figures: dict[str, float]) -> str:
+    """The line of a validation: what is one figure, and the loss by noise level."""
+    shown = [f"step {step:>{len(str(num_steps))}}/{num_steps}"]
+    shown += [f"{name} {value:.4g}" for name, value in figures.items() if "=" not in name]
+    prefix = "val/loss/t="
+    bins = {name: value for name, value in figures.items() if name.startswith(prefix)}
+    if bins:
+        levels = ", ".join(f"{name[len(prefix) :]} {value:.3g}" for name, value in bins.items())
+        shown.append(f"by t: {levels}")
+    return "  ".join(shown)
+
+
 def describe_unread(reasons: dict[str, str]) -> str:
     """The line about clips that could not be read, from why by clip; at most five reasons."""
     counted = Counter(reasons.values()).most_common()

@@ -24,7 +24,7 @@ from train.checkpoint import TrainState
 from train.checkpoint_writer import Checkpointer
 from train.clips import make_loader
 from train.config import RunConfig
-from train.logs import RunLog, Window, clock, describe, describe_unread
+from train.logs import RunLog, Window, clock, describe, describe_unread, describe_validation
 from train.optim import clip_gradients, schedule_factor, step_optimizer
 from train.parallel import average_copies, gathered, keep_local, parallelize
 from train.performance import Costs, Meter, peak_tflops
@@ -338,7 +338,9 @@ class Run:
         if last or done % logging.val_interval == 0:
             beat("validating")
             with self.evaluating():
-                row.update(self.recipe.validate())
+                figures = self.recipe.validate()
+                row.update(figures)
+                self.log.say(describe_validation(done, self.config.train.steps, figures))
                 self.log.histograms(done, self.recipe.histograms)
         if row:
             self.log.row(done, row)

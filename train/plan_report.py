@@ -277,17 +277,17 @@ class Bill:
         ]
         share = self.model.work.encoding and _encoding_share(self.model, option)
         if share > 0.1:
-            lines.append(
-                f"The frozen VAE takes about {share:.0%} of the computing, at every step anew; "
-                "recipe.latent_cache does it once"
-            )
+            lines += [
+                f"The frozen VAE takes about {share:.0%} of the computing, at every step anew;",
+                "recipe.latent_cache, with data.random_start=false, does it once",
+            ]
         return lines
 
     def table(self, options: Sequence[Option]) -> list[str]:
         """The best layouts."""
         lines = [
             "",
-            "Layouts that fit, the quickest first",
+            "Layouts that fit, the best first: quick, then of few exchanges, then little sharded",
             f"  {'shard':>5} {'context':>7} {'checkpointing':>13} {'accum':>13} {'micro-batch':>11} "
             f"{'GiB':>6}   {'step, s':12} {'days':12} dollars",
         ]

@@ -47,6 +47,7 @@ LAYOUTS = {
             "dit",
             {"activation_checkpointing": "selective", "parallel": {"context": 2}},
         ),
+        "compiled": ("dit", {"compile": True, "parallel": {"shard": 2}}),
         "muon": ("dit", {"optimizer": {"kind": "muon", "lr": 2e-3}, "parallel": {"shard": 2}}),
     },
     4: {

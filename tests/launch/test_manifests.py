@@ -209,6 +209,23 @@ def test_command_trains_a_config_that_fits(find, monkeypatch):
     assert train.batch_size % (16 * train.grad_accum) == 0
 
 
+def commands_of_the_docs():
+    """Each line with torchrun, as it stands in a block of code, without what continues it."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for line in re.findall(r"^    (?:\.venv/bin/)?torchrun (.*)$", page.read_text(), re.M):
+            if not line.endswith("\\"):
+                yield pytest.param(line, id=f"{page.name}-{line[:60]}")
+
+
+@pytest.mark.parametrize("line", list(commands_of_the_docs()))
+def test_torchrun_takes_the_commands_of_the_docs(line):
+    """And leaves the options of ours alone, which it reads first."""
+    arguments = parse_args(shlex.split(line))
+    ours = [arguments.training_script, *arguments.training_script_args]
+    assert shlex.split(line)[-len(ours) :] == ours
+    assert ours[0] in ("train", ".venv/bin/zoetrope")
+
+
 def test_skypilot_scripts_parse():
     task = skypilot()
     for name in ("setup", "run"):

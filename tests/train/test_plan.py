@@ -151,7 +151,12 @@ def test_a_report(config, capsys):
     )
     assert float(days[1]) == pytest.approx(float(seconds[1]) * 1_250_000 / 86400, rel=0.1)
     assert float(dollars[1]) == pytest.approx(float(days[1]) * 24 * 4 * 2, rel=0.1)
-    table = lines[lines.index("Layouts that fit, the quickest first") + 2 :]
+    table = lines[
+        lines.index(
+            "Layouts that fit, the best first: quick, then of few exchanges, then little sharded"
+        )
+        + 2 :
+    ]
     assert [line.split()[:3] for line in table[:3]] == [
         [shard, "1", "none"] for shard in ("1", "2", "4")
     ]
