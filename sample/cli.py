@@ -313,7 +313,7 @@ def sample(
         bool, typer.Option("--compile", help="Compile the DiT; pays for long or many videos.")
     ] = False,
     context: Annotated[
-        int, typer.Option(help="Under torchrun: processes that share a video's tokens.")
+        int, typer.Option(min=1, help="Under torchrun: processes that share a video's tokens.")
     ] = 1,
 ) -> None:
     """Sample videos from text; under torchrun its processes share them out."""

@@ -105,7 +105,9 @@ def layout(world_size: int, shard: int | str, context: int) -> tuple[int, int, i
     sharing = "auto" if shard == "auto" else shard * context  # type: ignore[operator]
     rest = world_size % (context if sharing == "auto" else int(sharing))
     if rest:
-        wanted = f"context={context}" if shard == "auto" else f"shard={shard} x context={context}"
+        wanted = f"shard={shard} x context={context}"
+        if shard in ("auto", 1):
+            wanted = f"context={context}"
         number = "1 process" if world_size == 1 else f"{world_size} processes"
         raise ValueError(
             f"{wanted} does not divide the {number} of this run; start a multiple of it with "

@@ -7,6 +7,7 @@ which is how diffusers and transformers keep theirs. `copy_part` gives tensors n
 loading them: names and shapes live in a file's header, so the bytes behind it are copied as they are.
 """
 
+import errno
 import glob
 import json
 import math
@@ -208,7 +209,10 @@ def copy_part(
 
 def save_tensors(weights: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """safetensors' save_file, readable to whom other new files are; it leaves them to their owner."""
-    save_file(weights, path, metadata=metadata)
+    try:
+        save_file(weights, path, metadata=metadata)
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(errno.EIO, str(error).strip().splitlines()[0], str(path)) from error
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)

@@ -21,6 +21,12 @@ from train.config import SpikeConfig
 from train.logs import read_log
 from train.recipe import Batch
 
+# How a run that has gone wrong is continued.
+CHANGE_OF_MIND = (
+    "The run goes on with a change where the same command has --allow-change with its key; without the "
+    "newest folders in its checkpoints/, from an earlier step"
+)
+
 
 class NonFiniteError(ValueError):
     """A loss or gradient became infinite or NaN; every rank stops before the optimizer step."""
@@ -84,8 +90,7 @@ class Spikes:
                     raise ValueError(
                         f"{config.max_skips} steps in a row were left out, and the next has a "
                         f"{name} of {norm:.4g}, the usual one being {usual:.4g}: that is no spike "
-                        "any more; a lower train.optimizer.lr, from an earlier checkpoint, is the "
-                        "usual cure"
+                        "any more; a lower train.optimizer.lr is the usual cure. " + CHANGE_OF_MIND
                     )
                 return {"figure": name, "norm": norm, "median": usual}
         for name, norm in norms.items():

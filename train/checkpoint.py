@@ -86,7 +86,9 @@ class Files(FileSystem):
             if "w" in mode or (cause is not None and not isinstance(cause, FileNotFoundError)):
                 reason = first_line(error) if cause is None else cause.strerror or str(cause)
                 raise OSError(f"{describe_part(path)}: {reason}") from error
-            problem = "is missing" if cause is not None else f"cannot be read ({first_line(error)})"
+            # The rest of what torch says is about loading files that are not to be trusted.
+            said = first_line(error).partition(". ")[0]
+            problem = "is missing" if cause is not None else f"cannot be read ({said})"
             raise DamageError(f"{describe_part(path)} {problem}") from error
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
@@ -142,7 +144,8 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Complete checkpoints as (step, path), oldest first."""
     if not folder.is_dir():
         return []
-    found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    folders = (path for path in folder.iterdir() if path.is_dir())
+    found = ((_NAME.fullmatch(path.name), path) for path in folders)
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
@@ -161,6 +164,8 @@ def find_newest(folder: Path, ranks: Ranks) -> tuple[int, Path, dict[str, Any]] 
                 step, path = checkpoints[-1]
                 found = step, read_state(path)
                 problem = find_damage(path)
+                if found[1].get("step") != step:
+                    problem = f"state.json is of step {found[1].get('step')}"
                 if problem is not None:
                     raise damaged(path, problem)
         except (ValueError, OSError) as reason:

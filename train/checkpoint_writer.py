@@ -144,12 +144,14 @@ class Checkpointer:
         writer = FileSystemWriter(partial, sync_files=False, per_thread_copy_ahead=0)
         writer.fs = files
         reason: str | None = None
+        interrupt: BaseException | None = None
         try:
             no_dist = self._group is None
             save(tensors, storage_writer=writer, process_group=self._group, no_dist=no_dist)
         except CheckpointException as error:
-            reasons = {first_line(reason) for reason, _ in error.failures.values()}
-            reason = "; ".join(sorted(reasons))
+            causes = [cause for cause, _ in error.failures.values()]
+            interrupt = next((c for c in causes if isinstance(c, KeyboardInterrupt)), None)
+            reason = "; ".join(sorted({first_line(cause) for cause in causes}))
         written = {
             name: size for files in self._gather(files.written) for name, size in files.items()
         }
@@ -162,6 +164,8 @@ class Checkpointer:
             if reason is not None:
                 shutil.rmtree(partial, ignore_errors=True)
         reason = self._gather(reason)[0]
+        if interrupt is not None:  # of somebody who does not want to wait for this
+            raise interrupt
         if reason is not None:
             full = any(os.strerror(number) in reason for number in (errno.ENOSPC, errno.EDQUOT))
             remedy = "make room" if full else "see to that"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -50,12 +51,16 @@ def train(
     profile: Annotated[
         str | None, typer.Option(metavar="FIRST:LAST", help="Record a trace of these steps.")
     ] = None,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Of the config, changed on purpose since the checkpoint."),
+    ] = None,
 ) -> None:
     """Train a VAE or a DiT; the same command again goes on where it stopped.
 
     Ends with 75 where a SIGTERM or SIGUSR1 stopped it, so that a scheduler starts it again.
     """
-    from train.config_file import load_config
+    from train.config_file import check_keys, load_config
 
     run = load_config(config, overrides or [])
     if dry_run:
@@ -66,12 +71,16 @@ def train(
         return
     from train.loop import train as run_training
     from train.profiling import parse_steps
-    from train.stopping import EXIT_REQUEUE, PREEMPTIONS
+    from train.stopping import EXIT_REQUEUE, PREEMPTIONS, ignore_preemptions
 
     steps = None if profile is None else parse_steps(profile)
     for number in PREEMPTIONS:  # for as long as there is nothing to save
         _exit_on(number, EXIT_REQUEUE)
-    run_training(run, steps)
+    try:
+        run_training(run, steps, check_keys(run, allow_change or []))
+    except SystemExit:
+        ignore_preemptions()  # there is a checkpoint, and how this ends is to be told
+        raise
 
 
 @app.command()
@@ -126,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # that never spin cost a third of the speed of small models (docs/benchmarks.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    _exit_on(signal.SIGTERM, 128 + signal.SIGTERM)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        _exit_on(signal.SIGTERM, 128 + signal.SIGTERM)
     command = typer.main.get_command(app)
     try:
         code = command.main(args=arguments, prog_name="zoetrope", standalone_mode=False)
@@ -147,7 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         if lost:
             said = "lost contact with another process of this run; see what that one says"
-            error = ValueError(f"{said} ({str(error).strip().splitlines()[0]})")
+            reason = str(error).strip().splitlines()[0].partition(". ")[0]
+            reason = re.sub(r"^\[\S+\] ", "", reason)  # a line of gloo's source
+            error = ValueError(f"{said} ({reason})")
         _complain(error)
         sys.exit(1 if lost else 2)
     sys.exit(code if isinstance(code, int) else 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -154,6 +155,11 @@ class RunConfig(Section):
                     f"recipe.adversarial.start_step={late.start_step} is after the last of "
                     f"train.steps={self.train.steps}; start earlier, or leave recipe.adversarial out"
                 )
+            if self.train.parallel.context > 1:
+                raise ValueError(
+                    f"train.parallel.context={self.train.parallel.context} is for the tokens of a DiT, "
+                    "and the VAE recipe has none; use 1, and train.parallel.shard for its weights"
+                )
             if self.train.optimizer.kind == "muon":
                 raise ValueError(
                     "train.optimizer.kind=muon is for the matrices of a DiT, and the VAE recipe "
@@ -203,19 +209,28 @@ FREE_TO_CHANGE = (
 )
 
 
-def differing_key(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:
+def differing_key(
+    before: dict[str, Any], now: dict[str, Any], allowed: Collection[str] = (), prefix: str = ""
+) -> str | None:
     """The first dotted key with different values that a resumed run must not change, or None.
 
     Both are resolved configs as `RunConfig.model_dump(mode="json")` gives them.
+
+    Args:
+        allowed: keys, or sections, that may differ beside FREE_TO_CHANGE.
     """
     for key in sorted(before.keys() | now.keys()):
         name = f"{prefix}{key}"
-        if name in FREE_TO_CHANGE or (key in before and key in now and before[key] == now[key]):
+        if (
+            name in FREE_TO_CHANGE
+            or name in allowed
+            or (key in before and key in now and before[key] == now[key])
+        ):
             continue
         old, new = before.get(key), now.get(key)
         if not (isinstance(old, dict) and isinstance(new, dict)):
             return name
-        nested = differing_key(old, new, f"{name}.")
+        nested = differing_key(old, new, allowed, f"{name}.")
         if nested is not None:
             return nested
     return None

@@ -127,3 +127,19 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[str, list[str]]:
             parts = [rest for rest in parts if isinstance(rest, int)]
         model = models[0] if models else None
     return ".".join(names), siblings
+
+
+def check_keys(config: RunConfig, keys: Sequence[str]) -> Sequence[str]:
+    """The keys, if the config has them all, as keys or as sections.
+
+    Raises:
+        ValueError: it has not; names the first one that is missing, and those there are beside it.
+    """
+    for key in keys:
+        values: Any = config.model_dump(mode="json")
+        for part in key.split("."):
+            if not isinstance(values, dict) or part not in values:
+                there = f"; there are {', '.join(values)}" if isinstance(values, dict) else ""
+                raise ValueError(f"--allow-change {key}: the config has no such key{there}")
+            values = values[part]
+    return keys

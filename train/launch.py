@@ -16,11 +16,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
+from train.stopping import EXIT_REQUEUE, PREEMPTIONS
+
+if __name__ == "__main__":
+    for _number in PREEMPTIONS:  # while torch is imported, which takes seconds
+        signal.signal(_number, lambda *_: sys.exit(EXIT_REQUEUE))
+
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
-
-from train.stopping import EXIT_REQUEUE, PREEMPTIONS
 
 _TERMINATED = 128 + signal.SIGTERM
 
@@ -61,7 +65,7 @@ def exit_code(failures: Iterable[ProcessFailure]) -> int:
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:
-    """Tells every process once; a second signal would have it leave without a checkpoint."""
+    """Tells every process."""
     if "SLURM_STEP_ID" in os.environ:  # Slurm signals all processes of a step by itself
         return
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()

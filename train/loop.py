@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,11 +19,12 @@ from data.dataset import BadFiles
 from sample import processes
 from sample.processes import Ranks
 from train.agreement import check_disjoint, check_program, check_same
-from train.anomalies import NonFiniteError, SkippedLog, Spikes, leave_batch
+from train.anomalies import CHANGE_OF_MIND, NonFiniteError, SkippedLog, Spikes, leave_batch
 from train.checkpoint import TrainState
 from train.checkpoint_writer import Checkpointer
 from train.clips import make_loader
 from train.config import RunConfig
+from train.ema import local
 from train.logs import RunLog, Window, clock, describe, describe_unread, describe_validation
 from train.optim import clip_gradients, schedule_factor, step_optimizer
 from train.parallel import average_copies, gathered, keep_local, parallelize
@@ -48,13 +49,14 @@ from train.stopping import EXIT_INTERRUPTED, EXIT_REQUEUE, Stop, catch_signals
 from train.watchdog import beat, record_exchanges, watching
 
 
-def train(config: RunConfig, profile: Steps | None = None) -> None:
+def train(config: RunConfig, profile: Steps | None = None, allowed: Collection[str] = ()) -> None:
     """Trains to the last step, from the newest checkpoint in the run's folder if there is one.
 
     Called by every process that torchrun started, or by a single one.
 
     Args:
         profile: the first and the last step to record a trace of.
+        allowed: keys of the config in which the newest checkpoint may differ.
     Raises:
         ValueError: something in the config, the data or the checkpoint does not fit, or differs
             between ranks.
@@ -77,12 +79,17 @@ def train(config: RunConfig, profile: Steps | None = None) -> None:
         beat("building the networks")
         recipe = build_recipe(config, data, ranks)
         with locked_folder(config, ranks):
-            _train(config, data, recipe, ranks, profile)
+            _train(config, data, recipe, ranks, profile, allowed)
     processes.stop()
 
 
 def _train(
-    config: RunConfig, data: TrainData, recipe: Recipe, ranks: Ranks, profile: Steps | None
+    config: RunConfig,
+    data: TrainData,
+    recipe: Recipe,
+    ranks: Ranks,
+    profile: Steps | None,
+    allowed: Collection[str],
 ) -> None:
     """`train`, once the run's folder is its own."""
     frozen = hash_frozen(recipe)
@@ -90,7 +97,7 @@ def _train(
     model = parallelize(recipe, ranks)
     state = fresh_state(recipe, config.train)
     beat("reading the checkpoint")
-    start_step, saved = resume(config, data, state, frozen, ranks)
+    start_step, saved = resume(config, data, state, frozen, ranks, allowed)
     if start_step == config.train.steps and exported_step(recipe.export_folder) == start_step:
         if ranks.is_main:
             print(f"{config.out}: all {start_step} steps are done already")
@@ -121,7 +128,7 @@ def _train(
         items = iter(loader)
         if saved.get("unreported"):
             run.report(start_step)
-            run.show_samples(start_step)
+            run.show_samples(start_step, stop)
         for step in range(start_step, config.train.steps):
             done = step + 1
             profiler.before(done)
@@ -139,7 +146,7 @@ def _train(
             run.report(done)
             if last or due:
                 run.save(done, data, wait=last)
-            run.show_samples(done)
+            run.show_samples(done, stop)
             if due and not last:
                 run.export(done, data)
     run.export(config.train.steps, data)
@@ -261,8 +268,8 @@ class Run:
             batch = self.recipe.make_batch(items, step)
             self.batches.append(batch)
             self.samples.append({key: items[key] for key in ("g", "rows", "captions")})
-            local = micro < config.grad_accum - 1
-            with keep_local(self.model, local, config.parallel.accumulate):
+            more = micro < config.grad_accum - 1
+            with keep_local(self.model, more, config.parallel.accumulate):
                 with self.autocast():
                     losses, values = self.model(batch)
                 loss = losses.sum() * scale
@@ -308,7 +315,7 @@ class Run:
         raise NonFiniteError(
             f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; stopped "
             f"before the update. {where}; a lower train.optimizer.lr or a longer warm-up is the "
-            "usual cure"
+            f"usual cure. {CHANGE_OF_MIND}"
         )
 
     def all_unread(self) -> dict[str, str]:
@@ -345,14 +352,21 @@ class Run:
         if row:
             self.log.row(done, row)
 
-    def show_samples(self, done: int) -> None:
-        """The videos that are due after `done` steps; a model that fails to make some trains on."""
+    def show_samples(self, done: int, stop: Stop) -> None:
+        """The videos that are due after `done` steps; a model that fails to make some trains on, and
+        one that is told to stop does so before its time is up."""
+
+        def go_on(*_: Any) -> None:
+            beat()
+            if stop.signal is not None:
+                raise ValueError("the run is to stop")
+
         if done == self.config.train.steps or done % self.config.logging.sample_interval == 0:
             beat("making samples")
             with self.evaluating():
                 if self.ranks.is_main:
                     try:
-                        self.log.videos(done, self.recipe.samples())
+                        self.log.videos(done, self.recipe.samples(go_on))
                     except ValueError as error:
                         self.log.say(f"no samples after step {done}: {error}")
                 self.ranks.barrier()
@@ -378,6 +392,12 @@ class Run:
 
     def export(self, done: int, data: TrainData) -> None:
         beat("exporting the model")
+        bad = sum((~local(weight).isfinite()).sum() for weight in self.state.trained.values())
+        if self.ranks.sum(torch.as_tensor(bad, device=self.ranks.device).view(1)).item():
+            raise NonFiniteError(
+                f"after step {done} there are weights that are not finite, and nothing is exported. "
+                f"{CHANGE_OF_MIND}"
+            )
         provenance = {
             "step": done,
             "config_hash": self.config.hash(),

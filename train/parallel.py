@@ -65,17 +65,8 @@ def parallelize(recipe: Recipe, ranks: Ranks) -> nn.Module:
 
 
 def share_contexts(recipe: Recipe, ranks: Ranks) -> None:
-    """Has neighbouring ranks work on one sequence of tokens.
-
-    Raises:
-        ValueError: the recipe's networks see no sequence of tokens.
-    """
+    """Has neighbouring ranks work on one sequence of tokens."""
     networks = [module for module in recipe.modules() if isinstance(module, DiT)]
-    if not networks:
-        raise ValueError(
-            f"train.parallel.context={ranks.context} is for the tokens of a DiT, and the VAE recipe "
-            "has none; use 1, and train.parallel.shard for its weights"
-        )
     recipe.context = share(networks, ranks, recipe.config.train.parallel.context_method)
 
 

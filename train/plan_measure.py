@@ -26,7 +26,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,6 +34,7 @@ from dit.transformer import DiT
 from sample.processes import AXES, Ranks
 from train.checkpoint import TrainState
 from train.config import RunConfig, TrainConfig
+from train.ema import local
 from train.optim import clip_gradients, step_optimizer
 from train.parallel import (
     average_copies,
@@ -97,11 +97,11 @@ class Storages(TorchDispatchMode):
     def mark(self, tensor: Tensor, kind: str) -> None:
         """Counts the tensor's storage as of a kind."""
         self._add(tensor)
-        key = _local(tensor).untyped_storage()._cdata
+        key = local(tensor).untyped_storage()._cdata
         self._resize(key, self.alive[key][0], kind)
 
     def _add(self, tensor: Tensor) -> None:
-        storage = _local(tensor).untyped_storage()
+        storage = local(tensor).untyped_storage()
         key = storage._cdata
         if key not in self.alive:
             self.alive[key] = 0, "other"
@@ -145,10 +145,6 @@ class Storages(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._add(leaf)
         return result
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

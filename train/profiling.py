@@ -36,7 +36,7 @@ class Profiler:
         out: the run's folder; traces go to `profile` in it.
         start_step, num_steps: those done already, and those there are.
     Raises:
-        ValueError: the run does not come by all of the steps.
+        ValueError: the run has not so many steps. Those that are done already are left out.
     """
 
     def __init__(
@@ -47,11 +47,12 @@ class Profiler:
         start_step: int,
         num_steps: int,
     ) -> None:
-        if steps is not None and not start_step < steps[0] <= steps[1] <= num_steps:
+        if steps is not None and steps[1] > num_steps:
             raise ValueError(
-                f"--profile={steps[0]}:{steps[1]}: this run has steps {start_step + 1} to "
-                f"{num_steps} before it; choose some of them"
+                f"--profile={steps[0]}:{steps[1]}: this run has {num_steps} steps; choose some of them"
             )
+        if steps is not None and steps[0] <= start_step and ranks.is_main:  # started again, usually
+            print(f"--profile={steps[0]}:{steps[1]}: {start_step} steps are done already")
         self._steps, self._out, self._ranks = steps, out, ranks
         self._profile: profile | None = None
         self._span = record_function("step")

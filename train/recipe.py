@@ -6,7 +6,7 @@ The loop (train/loop.py) knows losses, steps and ranks; a recipe knows networks 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,8 +148,12 @@ class Recipe(nn.Module, ABC):
         """Figures on the validation clips with the current weights; all ranks share the work."""
 
     @abstractmethod
-    def samples(self) -> dict[str, Tensor]:
-        """Videos to look at, uint8 (3 f h w) by name. Called on the main rank only."""
+    def samples(self, progress: Callable[..., None]) -> dict[str, Tensor]:
+        """Videos to look at, uint8 (3 f h w) by name. Called on the main rank only.
+
+        Args:
+            progress: called often, with whatever.
+        """
 
     def histograms(self) -> dict[str, Tensor]:
         """Values whose distribution is to be seen in wandb, by name. Called on the main rank only."""

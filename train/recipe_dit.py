@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -358,7 +358,7 @@ class DiTRecipe(Recipe):
             model.sampling = model.sampling.model_copy(update={"sampler": None})
         return model
 
-    def samples(self) -> dict[str, Tensor]:
+    def samples(self, progress: Callable[..., None]) -> dict[str, Tensor]:
         logging, clip = self.config.logging, self.config.data
         prompts = list(logging.prompts)
         if not prompts:
@@ -372,7 +372,7 @@ class DiTRecipe(Recipe):
         )
         videos = []
         for first in range(0, len(prompts), self._chunk):
-            beat()
+            progress()
             part = prompts[first : first + self._chunk]
             videos += pipeline(
                 part,
@@ -382,6 +382,7 @@ class DiTRecipe(Recipe):
                 steps=logging.sample_steps,
                 guidance=logging.guidance,
                 seeds=list(range(first, first + len(part))),
+                progress=lambda _: progress(),
             )
         for expert in (self._start.dit, self._start.dit_low_noise):
             if expert is not None and expert is not self.dit:

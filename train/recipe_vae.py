@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -276,12 +277,12 @@ class VAERecipe(Recipe):
         return {"val/psnr": total[0] / total[2], "val/l1": total[1] / total[2]}
 
     @torch.no_grad()
-    def samples(self) -> dict[str, Tensor]:
+    def samples(self, progress: Callable[..., None]) -> dict[str, Tensor]:
         """Clips with their reconstructions to the right of them."""
         videos = self._validation_clips()[: self.config.logging.num_samples]
         sides = {}
         for number, clip in enumerate(videos):
-            beat()
+            progress()
             output = self.reconstruct(to_float(clip[None].to(self.ranks.device)))
             pair = [clip, to_uint8(output[0]).cpu()]
             sides[f"reconstruction-{number}"] = torch.cat(pair, dim=-1)

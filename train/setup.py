@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -152,12 +152,18 @@ def check_validation(config: RunConfig, recipe: Recipe, ranks: Ranks) -> None:
 
 
 def resume(
-    config: RunConfig, data: TrainData, state: TrainState, frozen: dict[str, str], ranks: Ranks
+    config: RunConfig,
+    data: TrainData,
+    state: TrainState,
+    frozen: dict[str, str],
+    ranks: Ranks,
+    allowed: Collection[str] = (),
 ) -> tuple[int, dict[str, Any]]:
     """Loads the newest checkpoint, if any; returns the steps done and its state.json.
 
     Args:
         frozen: from `hash_frozen`.
+        allowed: keys of the config that have been changed on purpose.
     Raises:
         ValueError: it was made with another config, other data or other frozen networks; names
             what differs.
@@ -167,7 +173,7 @@ def resume(
         return 0, {}
     (step, path, saved), error = found, None
     try:
-        _compare(config, data, frozen, path, saved)
+        _compare(config, data, frozen, path, saved, allowed)
     except ValueError as reason:
         error = reason
     ranks.agree(error)
@@ -181,6 +187,7 @@ def _compare(
     frozen: dict[str, str],
     path: Path,
     saved: dict[str, Any],
+    allowed: Collection[str],
 ) -> None:
     """Whether a checkpoint is one of this run.
 
@@ -189,16 +196,16 @@ def _compare(
     Raises:
         ValueError: it is not; names what differs.
     """
-    key = differing_key(_with_defaults(saved["config"]), config.model_dump(mode="json"))
+    key = differing_key(_with_defaults(saved["config"]), config.model_dump(mode="json"), allowed)
     if key is not None:
         raise ValueError(
-            f"{path} was made with another {key}; undo the change, or train into another folder "
-            "(out=...)"
+            f"{path} was made with another {key}; undo the change, go on with it on purpose "
+            f"(--allow-change {key}), or train into another folder (out=...)"
         )
-    if saved["data"] != data.train.fingerprint():
+    if saved.get("data") != data.train.fingerprint() and "data.manifest" not in allowed:
         raise ValueError(
-            f"{path} was made with other rows in {config.data.manifest}; restore them, or train "
-            "into another folder (out=...)"
+            f"{path} was made with other rows in {config.data.manifest}; restore them, go on with "
+            "these on purpose (--allow-change data.manifest), or train into another folder (out=...)"
         )
     for name, digest in saved.get("frozen", {}).items():
         if frozen.get(name) != digest:
@@ -264,5 +271,9 @@ def exported_step(folder: Path) -> int | None:
 def write_text(path: Path, text: str) -> None:
     """Writes a file that appears only when complete."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    except OSError as error:  # a full disk does not say which
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -18,6 +18,12 @@ PREEMPTIONS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasat
 STOPS = [signal.SIGINT, *PREEMPTIONS]
 
 
+def ignore_preemptions() -> None:
+    """For a process that is on its way out already."""
+    for number in PREEMPTIONS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @dataclass
 class Stop:
     """Set by the first signal of STOPS that this process gets."""
@@ -32,7 +38,9 @@ class Stop:
 
 @contextmanager
 def catch_signals() -> Iterator[Stop]:
-    """Inside it the first signal of STOPS only takes note; after it they act as they would outside."""
+    """Inside it the first signal of STOPS only takes note. Later ones of PREEMPTIONS do nothing:
+    schedulers send one with a warning, and another when the time is up, while the last checkpoint is
+    being written. A later Ctrl-C acts as it would outside."""
     stop = Stop()
     before: dict[int, Any] = {number: signal.getsignal(number) for number in STOPS}
 
@@ -43,6 +51,7 @@ def catch_signals() -> Iterator[Stop]:
     def note(number: int, frame: FrameType | None) -> None:
         stop.signal = number
         restore()
+        ignore_preemptions()
 
     for number in STOPS:
         signal.signal(number, note)

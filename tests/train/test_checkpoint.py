@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from sample.processes import Ranks
 from train import checkpoint, checkpoint_writer
-from train.checkpoint import find_newest, list_checkpoints, load_checkpoint, read_state
+from train.checkpoint import Files, find_newest, list_checkpoints, load_checkpoint, read_state
 from train.checkpoint_writer import Checkpointer
 
 _path = Path(__file__).with_name("resharding.py")
@@ -233,6 +233,19 @@ def test_resharding(nursery, tmp_path):
         load_checkpoint(tmp_path / expected.stem / "step-00000005", state, ALONE)
         toy.assert_same(toy.contents(state), torch.load(expected))
         assert output.count(f"{expected.stem} read as") == (5 if expected.stem[0] == "4" else 3)
+
+
+def test_ctrl_c_while_a_last_checkpoint_is_written(state, tmp_path, monkeypatch):
+    """Is what it is, not a disk that cannot be written to."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with start(tmp_path) as checkpoints:
+        monkeypatch.setattr(Files, "create_stream", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(1, state, EXTRA, wait=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_is_full_for_one_rank_stops_both(room, nursery, tmp_path):

@@ -74,6 +74,11 @@ def test_muon_is_not_for_the_vae(write):
     assert expected in problem(write("vae"), "train.optimizer.kind=muon")
 
 
+def test_contexts_are_not_for_the_vae(write):
+    expected = "train.parallel.context=2 is for the tokens of a DiT, and the VAE recipe has none"
+    assert expected in problem(write("vae"), "train.parallel.context=2")
+
+
 def test_missing_keys_are_named(write):
     path = write()
     values = yaml.safe_load(path.read_text())
@@ -138,6 +143,10 @@ def test_differing_key(room, tmp_path):
         values = room.values(tmp_path, "dit", **changes)
         now = RunConfig.model_validate(values).model_dump(mode="json")
         assert differing_key(before, now) == key
+        if key is not None:
+            assert differing_key(before, now, [key]) is None
+            assert differing_key(before, now, [key.split(".")[0]]) is None
+            assert differing_key(before, now, [f"{key}s"]) == key
     moved = RunConfig.model_validate(room.values("elsewhere", "dit")).model_dump(mode="json")
     assert differing_key(before, moved) is None
     other = RunConfig.model_validate(room.values(tmp_path, "vae")).model_dump(mode="json")

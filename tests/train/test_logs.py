@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import shutil
+import signal
 from dataclasses import dataclass, field
 
 import pytest
@@ -292,5 +293,43 @@ def test_profile_writes_a_trace(room, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["train", str(config), "train.steps=8", f"out={tmp_path / 'b'}", "--profile", "2:9"])
     assert exit.value.code == 2
-    said = "--profile=2:9: this run has steps 1 to 8 before it; choose some of them"
+    said = "--profile=2:9: this run has 8 steps; choose some of them"
     assert capsys.readouterr().err == f"zoetrope: error: {said}\n"
+
+
+def test_a_run_that_is_started_again_has_no_trace_of_what_is_done(room, tmp_path, capsys):
+    room.train(tmp_path / "run", "vae", train={"steps": 8, "checkpoint_interval": 4})
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000008")
+    with pytest.raises(SystemExit) as exit:
+        main(["train", str(tmp_path / "run.yaml"), "train.steps=8", "--profile", "3:5"])
+    assert exit.value.code == 0
+    assert "--profile=3:5: 4 steps are done already" in capsys.readouterr().out
+    (path,) = (tmp_path / "run" / "profile").iterdir()
+    with gzip.open(path) as file:
+        names = {str(event.get("name")) for event in json.load(file)["traceEvents"]}
+    assert "step 5" in names
+    assert not {"step 3", "step 4", "step 6"} & names
+
+
+def test_samples_are_given_up_for_a_signal(room, tmp_path, monkeypatch, capsys):
+    """Also where the next step would have shown that there is one."""
+    monkeypatch.setattr(
+        VAERecipe, "reconstruct", lambda self, video: signal.raise_signal(signal.SIGTERM) or video
+    )
+    with pytest.raises(SystemExit) as exit:
+        room.train(tmp_path / "run", "vae", logging={"sample_interval": 2, "num_samples": 2})
+    assert exit.value.code == 75
+    out = capsys.readouterr().out
+    assert "no samples after step 2: the run is to stop" in out
+    assert "stopped after step 3" in out
+
+
+def test_weights_that_are_not_finite_are_not_exported(room, tmp_path):
+    """As after a last step that was too large, which no loss will tell of."""
+    optimizer = {"kind": "adamw", "lr": 1e38}
+    with pytest.raises(NonFiniteError, match=r"after step 1 there are weights that are not finite"):
+        room.train(
+            *(tmp_path / "run", "vae"),
+            train={"steps": 1, "optimizer": optimizer, "schedule": {"warmup_steps": 0}},
+        )
+    assert not (tmp_path / "run" / "model").exists()

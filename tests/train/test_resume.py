@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from train.checkpoint import list_checkpoints, read_state
+from train.cli import main
 from train.logs import TIME_FIELDS, read_log
 
 HARD = {
@@ -108,7 +109,7 @@ def test_sigterm_writes_a_checkpoint(room, tmp_path):
     assert step % 100  # written because of the signal
 
 
-def test_resume_refuses_another_config(room, tmp_path):
+def test_resume_refuses_another_config(room, tmp_path, capsys):
     out = room.train(tmp_path / "run", "vae")
     (out / "model" / "model.yaml").unlink()
     shutil.rmtree(out / "model")
@@ -118,6 +119,20 @@ def test_resume_refuses_another_config(room, tmp_path):
         room.train(out, "vae", train={"optimizer": {"lr": 1e-3}})
     with pytest.raises(ValueError, match=r"another recipe\.vae\.widths"):
         room.train(out, "vae", recipe={"vae": {"widths": [8, 16]}})
+    # A change that is meant is named.
+    command = ["train", str(room.write(out, "vae", train={"steps": 13})), "--allow-change"]
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "train.stepss"])
+    assert stop.value.code == 2
+    assert "--allow-change train.stepss: the config has no such key; there are" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "train.steps"])
+    assert stop.value.code == 0
+    assert "resumed, steps 12 to 13" in capsys.readouterr().out
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints" / "step-00000013")
     # What changes nothing in the training may change, and a lost model folder comes back.
     room.train(out, "vae", data={"num_workers": 1}, train={"keep_checkpoints": 7})
     assert (out / "model" / "vae.safetensors").is_file()
@@ -189,6 +204,7 @@ def test_only_the_last_checkpoints_stay(room, tmp_path):
         ("state.json", b"", "state.json is cut short or overwritten"),
         ("state.json", b"[]", "state.json holds something else"),
         ("state.json", b'{"step": 12, "config": 3}', "state.json holds something else"),
+        ("state.json", b'{"step": 11, "config": {}}', "state.json is of step 11"),
         ("state.json", None, "state.json is missing"),
         (".metadata", b"", r".metadata cannot be read \(Ran out of input\)"),
         (".metadata", b"\x80\x04]\x94.", ".metadata holds something else"),  # a pickled list

@@ -154,7 +154,7 @@ def test_long_phases_beat_as_they_get_on(room, tmp_path, monkeypatch, kind):
     assert beats["writing a checkpoint"] == 1
 
 
-def test_the_first_signal_takes_note_and_the_second_acts():
+def test_the_first_signal_takes_note_and_a_second_ctrl_c_acts():
     seen = []
     before = {n: signal.signal(n, lambda *_: seen.append(1)) for n in (signal.SIGINT, *PREEMPTIONS)}
     try:
@@ -162,7 +162,10 @@ def test_the_first_signal_takes_note_and_the_second_acts():
             assert stop.signal is None
             signal.raise_signal(signal.SIGUSR1)
             assert (stop.signal, stop.interrupted, seen) == (signal.SIGUSR1, False, [])
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # as when the time is up, and it is still writing
+            signal.raise_signal(signal.SIGUSR1)
+            assert seen == []
+            signal.raise_signal(signal.SIGINT)
             assert seen == [1]
         with catch_signals() as stop:
             signal.raise_signal(signal.SIGINT)
