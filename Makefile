@@ -41,6 +41,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.dit_step
 	$(BIN)/python -m benchmarks.wan_step
 	$(BIN)/python -m benchmarks.feature_reuse
+	$(BIN)/python -m benchmarks.parallel
+	$(BIN)/python -m benchmarks.checkpoints
 
 clean:
 	rm -rf $(VENV) build *.egg-info
