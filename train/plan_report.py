@@ -90,7 +90,11 @@ def plan_run(
     where = f"{f'{machines.gpus:,} {machines.name}'} in {count(machines.nodes, 'node')}"
     lines = [
         f"{name} on {where}",
-        *(line for note in notes for line in textwrap.wrap(note, 98, initial_indent="  ")),
+        *(
+            line
+            for note in notes
+            for line in textwrap.wrap(note, 98, initial_indent="  ", subsequent_indent="  ")
+        ),
         *_about_work(recipe, model, shown.layout),
         *_about_layout(model, machines, shown, complaint),
         *bill.describe(shown),

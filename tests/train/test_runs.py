@@ -259,7 +259,8 @@ def test_captions_are_dropped_by_counter(room, tmp_path):
 
 
 def test_samples_that_fail_do_not_stop_a_run(room, tmp_path, monkeypatch, capsys):
-    def fail(self):
+    def fail(self, progress):
+        progress()
         assert list_checkpoints(self.config.out / "checkpoints")  # written before
         raise ValueError("not finite")
 
