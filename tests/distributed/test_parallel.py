@@ -52,9 +52,8 @@ LAYOUTS = {
     },
     4: {
         "hsdp": ("dit", {"parallel": {"shard": 2}}),
-        "hsdp gan": ("gan", {"parallel": {"shard": 2}}),
-        "hsdp, accumulated in shards": (
-            "dit",
+        "hsdp gan, accumulated in shards": (
+            "gan",
             {
                 "batch_size": 8,
                 "grad_accum": 2,
@@ -62,7 +61,6 @@ LAYOUTS = {
             },
         ),
         "ulysses x fsdp": ("dit", {"parallel": {"shard": 2, "context": 2}}),
-        "gather 4": ("dit", {"parallel": {"context": 4}}),  # as two heads do not divide
         "replicas x ulysses": ("dit", {"parallel": {"context": 2}}),
     },
 }
