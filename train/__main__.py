@@ -1,13 +1,11 @@
 """`torchrun --nproc-per-node N -m train CONFIG.yaml [section.key=value ...] [--dry-run]`."""
 
-import signal
 import sys
 
-from train.stopping import EXIT_REQUEUE, PREEMPTIONS
+from train.stopping import leave_on_preemptions
 
 if __name__ == "__main__":
-    for _number in PREEMPTIONS:  # while everything is imported, which takes seconds
-        signal.signal(_number, lambda *_: sys.exit(EXIT_REQUEUE))
+    leave_on_preemptions()  # while everything is imported, which takes seconds
 
 from train.cli import main
 

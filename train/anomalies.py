@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
+from sample.processes import Ranks
 from train.config import SpikeConfig
+from train.ema import local
 from train.logs import read_log
 from train.recipe import Batch
 
@@ -30,6 +34,20 @@ CHANGE_OF_MIND = (
 
 class NonFiniteError(ValueError):
     """A loss or gradient became infinite or NaN; every rank stops before the optimizer step."""
+
+
+def check_weights(weights: Iterable[Tensor], ranks: Ranks, step: int) -> None:
+    """Before an export after `step` steps; every rank calls it with its shards.
+
+    Raises:
+        NonFiniteError: some are infinite or NaN, on any rank.
+    """
+    bad = torch.stack([(~local(weight).isfinite()).sum() for weight in weights]).sum()
+    if ranks.sum(bad.view(1)).item():
+        raise NonFiniteError(
+            f"after step {step} there are weights that are not finite, and nothing is exported. "
+            f"{CHANGE_OF_MIND}"
+        )
 
 
 def leave_batch(folder: Path, batches: Sequence[Batch], about: Mapping[str, Any]) -> str:

@@ -25,6 +25,9 @@ from sample.wan_cli import export_model, import_model
 # click's UsageError; newer versions of typer carry a click of their own, so it is not to be imported.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 
+ConfigPath = Annotated[Path, typer.Argument(help="A run's YAML file; see configs/.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, values in YAML.")]
+
 app = typer.Typer(
     name="zoetrope",
     help="Train a text-to-video generator, sample it, and measure it.",
@@ -41,10 +44,8 @@ app.command("export")(export_model)
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="A run's YAML file; see configs/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value, values in YAML.")
-    ] = None,
+    config: ConfigPath,
+    overrides: Overrides = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the run would be and cost, and stop.")
     ] = False,
@@ -71,11 +72,11 @@ def train(
         return
     from train.loop import train as run_training
     from train.profiling import parse_steps
-    from train.stopping import EXIT_REQUEUE, PREEMPTIONS, ignore_preemptions
+    from train.stopping import ignore_preemptions, leave_on_preemptions
 
     steps = None if profile is None else parse_steps(profile)
-    for number in PREEMPTIONS:  # for as long as there is nothing to save
-        _exit_on(number, EXIT_REQUEUE)
+    if threading.current_thread() is threading.main_thread():
+        leave_on_preemptions()
     try:
         run_training(run, steps, check_keys(run, allow_change or []))
     except SystemExit:
@@ -85,10 +86,8 @@ def train(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="A run's YAML file; see configs/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value, values in YAML.")
-    ] = None,
+    config: ConfigPath,
+    overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(help="How many GPUs there are in all.")] = 8,
     gpu: Annotated[str, typer.Option(help="Which: h100, h200, a100, ...; train/gpus.py.")] = "h100",
     nodes: Annotated[int | None, typer.Option(help="In how many; else in nodes of 8.")] = None,
@@ -105,10 +104,8 @@ def plan(
     from train.config_file import load_config
     from train.plan_report import machines_of, plan_run
 
-    run, machines = (
-        load_config(config, overrides or []),
-        machines_of(gpu, gpus, nodes, network_gbps),
-    )
+    run = load_config(config, overrides or [])
+    machines = machines_of(gpu, gpus, nodes, network_gbps)
     about = {"name": str(config), "samples": samples, "price": price, "vae": vae}
     typer.echo(plan_run(run, machines, **about))
 

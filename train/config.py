@@ -95,9 +95,7 @@ class TrainConfig(Section):
     async_checkpoints: bool = True  # write while training goes on
     keep_checkpoints: PositiveInt = 2  # the last so many
     keep_every: PositiveInt | None = None  # and those of every so many steps
-    stall_timeout: PositiveFloat = (
-        1800.0  # seconds without a step after which the slow rank is named
-    )
+    stall_timeout: PositiveFloat = 1800.0  # seconds without a step, then the slow rank is named
     compile: bool | Literal["auto"] = False  # torch.compile by block; auto: where it works
     # What a backward pass computes anew, for less memory: blocks, or in them all but products.
     activation_checkpointing: Literal["none", "block", "selective"] = "none"

@@ -135,8 +135,9 @@ def check_keys(config: RunConfig, keys: Sequence[str]) -> Sequence[str]:
     Raises:
         ValueError: it has not; names the first one that is missing, and those there are beside it.
     """
+    dump = config.model_dump(mode="json")
     for key in keys:
-        values: Any = config.model_dump(mode="json")
+        values: Any = dump
         for part in key.split("."):
             if not isinstance(values, dict) or part not in values:
                 there = f"; there are {', '.join(values)}" if isinstance(values, dict) else ""

@@ -16,11 +16,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
-from train.stopping import EXIT_REQUEUE, PREEMPTIONS
+from train.stopping import EXIT_REQUEUE, PREEMPTIONS, leave_on_preemptions
 
 if __name__ == "__main__":
-    for _number in PREEMPTIONS:  # while torch is imported, which takes seconds
-        signal.signal(_number, lambda *_: sys.exit(EXIT_REQUEUE))
+    leave_on_preemptions()  # while torch is imported, which takes seconds
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError

@@ -19,12 +19,18 @@ from data.dataset import BadFiles
 from sample import processes
 from sample.processes import Ranks
 from train.agreement import check_disjoint, check_program, check_same
-from train.anomalies import CHANGE_OF_MIND, NonFiniteError, SkippedLog, Spikes, leave_batch
+from train.anomalies import (
+    CHANGE_OF_MIND,
+    NonFiniteError,
+    SkippedLog,
+    Spikes,
+    check_weights,
+    leave_batch,
+)
 from train.checkpoint import TrainState
 from train.checkpoint_writer import Checkpointer
 from train.clips import make_loader
 from train.config import RunConfig
-from train.ema import local
 from train.logs import RunLog, Window, clock, describe, describe_unread, describe_validation
 from train.optim import clip_gradients, schedule_factor, step_optimizer
 from train.parallel import average_copies, gathered, keep_local, parallelize
@@ -392,12 +398,7 @@ class Run:
 
     def export(self, done: int, data: TrainData) -> None:
         beat("exporting the model")
-        bad = sum((~local(weight).isfinite()).sum() for weight in self.state.trained.values())
-        if self.ranks.sum(torch.as_tensor(bad, device=self.ranks.device).view(1)).item():
-            raise NonFiniteError(
-                f"after step {done} there are weights that are not finite, and nothing is exported. "
-                f"{CHANGE_OF_MIND}"
-            )
+        check_weights(self.state.trained.values(), self.ranks, done)
         provenance = {
             "step": done,
             "config_hash": self.config.hash(),

@@ -98,9 +98,7 @@ def shard_weights(recipe: Recipe, mesh: DeviceMesh, config: TrainConfig) -> None
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     blocks = set(recipe.blocks())
     for network in recipe.networks():
-        for (
-            parameter
-        ) in network.parameters():  # sharding knows no channels last; activations keep it
+        for parameter in network.parameters():  # shards know no channels last; activations do
             parameter.data = parameter.data.contiguous()
         half = isinstance(network, DiT) and config.dtype == "bfloat16"
         of_blocks = policy(param_dtype=torch.bfloat16 if half else None)

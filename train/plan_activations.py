@@ -44,7 +44,7 @@ class Activations:
         on_step: called before a step is measured, which takes seconds.
     """
 
-    def __init__(self, recipe: Recipe, on_step: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, recipe: Recipe, on_step: Callable[[], object]) -> None:
         self.recipe = recipe
         self.on_step = on_step
         self.size: Size = max(recipe.config.data.sizes, key=math.prod)
@@ -104,11 +104,9 @@ class Activations:
     def _nearest(self, context: int) -> int:
         """The smallest context whose ranks exchange the same things as those of a larger one."""
         assert isinstance(self.recipe, DiTRecipe)
-        heads, method = (
-            self.recipe.dit.config.num_heads,
-            self.recipe.config.train.parallel.context_method,
-        )
-        alike = [heads % size == 0 and method != "gather" for size in range(context + 1)[1:]]
+        heads = self.recipe.dit.config.num_heads
+        method = self.recipe.config.train.parallel.context_method
+        alike = [heads % size == 0 and method != "gather" for size in range(1, context + 1)]
         return 2 if alike[1] == alike[context - 1] else context
 
     def _measure(

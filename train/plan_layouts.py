@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from dit.transformer import DiTConfig
 from train.config import RunConfig
@@ -85,13 +86,9 @@ class Layout:
 
     def overrides(self, config: RunConfig) -> str:
         """What to write behind a command that trains from the config, which may be nothing."""
-        train, parallel = config.train, config.train.parallel
-        there = (
-            *(parallel.shard, parallel.context),
-            *(train.activation_checkpointing, train.grad_accum, parallel.accumulate),
-        )
-        pairs = zip(self.settings().items(), there)
-        return " ".join(f"{key}={value}" for (key, value), before in pairs if value != before)
+        settings = self.settings().items()
+        changes = ((key, value) for key, value in settings if value != attrgetter(key)(config))
+        return " ".join(f"{key}={value}" for key, value in changes)
 
 
 def own_layout(config: RunConfig, gpus: int) -> Layout:

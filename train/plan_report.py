@@ -12,14 +12,14 @@ from tqdm import tqdm
 from data.buckets import size_name
 from train.config import RunConfig
 from train.gpus import PRICE_DATE, find_gpu
+from train.plan import count_parameters
 from train.plan_activations import COMPILED_SHARE
-from train.plan_layouts import LINK_SHARE, SPARE, Layout, Machines, Model, model_of, own_layout
+from train.plan_layouts import GIB, LINK_SHARE, SPARE, Layout, Machines, Model, model_of, own_layout
 from train.plan_recipe import recipe_on_meta
 from train.plan_search import Option, consider, enough, leanest, search
 from train.plan_times import EFFICIENCY, HOP, TF32, efficiency, exchanges, mfu, peak_rate
 from train.recipe import Recipe
 
-GIB = 2**30
 _SHOWN = 5  # layouts
 _PREFIXES = {1e18: "E", 1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M"}
 
@@ -189,9 +189,8 @@ def _about_work(recipe: Recipe, model: Model, layout: Layout) -> list[str]:
     """Parameters, FLOPs and tokens."""
     lines = ["", f"{'Model':24}{'parameters':>18}{'in training':>18}"]
     for name, part in recipe.parts().items():
-        sizes = [(p.numel(), p.requires_grad) for p in part.parameters()]
-        trained = sum(size for size, trains in sizes if trains)
-        lines.append(f"  {name:22}{sum(size for size, _ in sizes):18,}{trained:18,}")
+        total, trained = count_parameters(part)
+        lines.append(f"  {name:22}{total:18,}{trained:18,}")
     work, train, mode = model.work, model.config.train, layout.activation_checkpointing
     clips = ", ".join(size_name(size) for size in model.config.data.sizes)
     mean = " in the mean" if len(model.config.data.sizes) > 1 else ""

@@ -4,6 +4,7 @@ says whether it wants to go on."""
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,12 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 # What schedulers send before they take a machine away; SIGUSR1 is what Slurm users choose for it.
 PREEMPTIONS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 STOPS = [signal.SIGINT, *PREEMPTIONS]
+
+
+def leave_on_preemptions() -> None:
+    """For as long as there is nothing to save: the process ends at once, to be started again."""
+    for number in PREEMPTIONS:
+        signal.signal(number, lambda *_: sys.exit(EXIT_REQUEUE))
 
 
 def ignore_preemptions() -> None:
