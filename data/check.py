@@ -1,19 +1,26 @@
-"""`zoetrope data check`: reads every clip of a manifest and says which ones training would get."""
+"""`zoetrope data check`: reads every clip of a manifest and says which ones training would get, and
+what about them may surprise."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from data.manifest import read_manifest
-from data.video import VideoReader, VideoReadError, clip_times
-from data.workers import interrupts_deferred
+from data.manifest import Manifest, Row, write_manifest
+from data.pool import Lost, run_tasks
+from data.video import VideoInfo, VideoReader, VideoReadError, clip_times
+
+_MAX_NAMED = 5  # examples of each surprise
+_ENDS = 1 << 16  # bytes at either end of a file that are compared
 
 
 @dataclass(frozen=True)
@@ -39,94 +46,315 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class TextLimit:
+    """How much of a caption the text encoder reads: `count` tokens of a text, all of them."""
+
+    count: Callable[[str], int]
+    length: int
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """Of one clip: `reason` is empty for one that is kept, `detail` says what it is."""
+    """Of one clip.
+
+    Attributes:
+        reason: why it is dropped; empty for one that is kept.
+        info: what the file is; None where it cannot be opened.
+        num_frames: of the piece, counted.
+        signature: the same for files with the same size, beginning and end; empty for URLs.
+    """
 
     reason: str = ""
-    detail: str = ""
-    enlarged: bool = False
+    info: VideoInfo | None = None
+    num_frames: int = 0
+    signature: str = ""
+
+    @property
+    def detail(self) -> str:
+        """What it is, in words."""
+        info = self.info
+        if info is None:
+            return ""
+        length = f"{self.num_frames} frames at {info.fps:.6g} fps, {info.duration:.3f} s"
+        return (
+            f"{info.width}x{info.height}, {'an image' if info.is_image else length}, {info.codec}"
+        )
 
 
-def check_clip(path: str, start: float, end: float | None, wanted: Wanted) -> Verdict:
-    """Decodes the piece of `path` from `start` to `end` seconds, and sees whether it is enough."""
+@dataclass(frozen=True)
+class Piece:
+    """What is read of a row."""
+
+    path: str
+    start: float
+    end: float | None
+    crop: tuple[int, int, int, int] | None
+
+
+def check_clip(piece: Piece, wanted: Wanted) -> Verdict:
+    """Decodes a piece, and sees whether it is enough."""
+    info = None
     try:
-        with VideoReader(path, "pyav") as reader:
+        with VideoReader(piece.path, "pyav") as reader:
             info = reader.info
-            clip_times(info, num_frames=wanted.num_frames, fps=wanted.fps, start=start, end=end)
-            num_frames = reader.verify(start, end)
+            x, y, width, height = piece.crop or (0, 0, 1, 1)
+            if x + width > info.width or y + height > info.height:
+                where = f"crop {x},{y} {width}x{height}"
+                return Verdict(f"{where} lies outside its {info.width}x{info.height}", info)
+            clip_times(
+                *(info,),
+                num_frames=wanted.num_frames,
+                fps=wanted.fps,
+                start=piece.start,
+                end=piece.end,
+            )
+            num_frames = reader.verify(piece.start, piece.end)
     except VideoReadError as error:
-        return Verdict(reason=error.reason)
-    small = info.height < (wanted.height or 0) or info.width < (wanted.width or 0)
-    what = (
-        "an image"
-        if info.is_image
-        else f"{num_frames} frames at {info.fps:.6g} fps, {info.duration:.3f} s"
-    )
-    detail = f"{info.width}x{info.height}, {what}, {info.codec}"
-    return Verdict(detail=detail, enlarged=small)
+        return Verdict(error.reason, info)
+    return Verdict("", info, num_frames, _signature(piece.path))
+
+
+def _signature(path: str) -> str:
+    """Of a local file; reading all of it would cost as much again as decoding it."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+            digest.update(file.read(_ENDS))
+            file.seek(max(0, size - _ENDS))
+            digest.update(file.read(_ENDS))
+    except OSError:
+        return ""
+    return digest.hexdigest()
+
+
+@dataclass
+class Findings:
+    """What a check found, added up as it goes.
+
+    Attributes:
+        manifest: what is checked.
+        wanted: what training will ask for.
+        kept: the verdicts of kept rows, by row.
+        reasons: how many rows each reason dropped, numbers in it aside.
+    """
+
+    manifest: Manifest
+    wanted: Wanted
+    kept: dict[int, Verdict] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def drop(self, reason: str) -> None:
+        """One more row that training does not get."""
+        self.reasons[re.sub(r"\d+(\.\d+)?", "#", reason)] += 1
+
+    @property
+    def num_rows(self) -> int:
+        """Of the file."""
+        return len(self.kept) + self.num_dropped
+
+    @property
+    def num_dropped(self) -> int:
+        """For whatever reason."""
+        return sum(self.reasons.values())
+
+    def lines(self, limit: TextLimit | None) -> Iterator[str]:
+        """The summary."""
+        yield f"{len(self.kept)} of {self.num_rows} clips kept, {self.num_dropped} dropped"
+        for reason, count in self.reasons.most_common():
+            yield f"  {count:,} dropped: {reason}"
+        wanted = self.wanted
+        small = [
+            row
+            for row in self.kept
+            if _shown(self.manifest.rows[row], self.kept[row])[1] < (wanted.height or 0)
+            or _shown(self.manifest.rows[row], self.kept[row])[0] < (wanted.width or 0)
+        ]
+        if small:
+            yield (
+                "smaller than asked for, which training will enlarge: "
+                f"{len(small)} of the kept ones{self._examples(small)}"
+            )
+        yield from self._surprises()
+        yield from self._duplicates()
+        if limit is not None:
+            yield from self._long_captions(limit)
+
+    def _examples(self, rows: list[int]) -> str:
+        lines = [self.manifest.lines[row] for row in rows[:_MAX_NAMED]]
+        more = ", ..." if len(rows) > _MAX_NAMED else ""
+        return f" (line{'s' if len(rows) > 1 else ''} {', '.join(map(str, lines))}{more})"
+
+    def _surprises(self) -> Iterator[str]:
+        """Rates and lengths that are not what the manifest or training takes them for."""
+        slow, still, mistaken = [], [], {name: list[int]() for name in _COLUMNS}
+        for number, verdict in self.kept.items():
+            info, row = verdict.info, self.manifest.rows[number]
+            if info is None or info.is_image:
+                continue
+            if self.wanted.num_frames > 1 and info.fps < self.wanted.fps * 0.99:
+                slow.append(number)
+            if verdict.num_frames == 1:
+                still.append(number)
+            for name, (measure, tolerance) in _COLUMNS.items():
+                said = (row.model_extra or {}).get(name)
+                whole = row.start is None and row.end is None
+                if isinstance(said, (int, float)) and (
+                    whole or name not in ("duration", "num_frames")
+                ):
+                    found = measure(verdict)
+                    if abs(found - said) > tolerance * max(abs(found), abs(said)):
+                        mistaken[name].append(number)
+        if slow:
+            yield (
+                f"fewer frames per second than the {self.wanted.fps:g} asked for, so that training "
+                f"sees frames twice: {len(slow)} of the kept ones{self._examples(slow)}"
+            )
+        if still:
+            yield f"one frame only, though not images: {len(still)}{self._examples(still)}"
+        for name, rows in mistaken.items():
+            if rows:
+                what = f"{name} in the manifest is not that of the file"
+                yield f"{what}: {len(rows)} of the kept ones{self._examples(rows)}"
+
+    def _duplicates(self) -> Iterator[str]:
+        """Rows of the same piece, and rows whose files are copies."""
+        pieces: dict[Any, list[int]] = {}
+        for number, verdict in self.kept.items():
+            row = self.manifest.rows[number]
+            key = (verdict.signature or row.path, row.start, row.end, row.crop)
+            pieces.setdefault(key, []).append(number)
+        again = [number for rows in pieces.values() for number in rows[1:]]
+        if again:
+            yield (
+                "the same piece of the same file, or of a copy of it, as a row before: "
+                f"{len(again)} of the kept ones{self._examples(again)}"
+            )
+
+    def _long_captions(self, limit: TextLimit) -> Iterator[str]:
+        """Captions of which the text encoder never sees the end."""
+        over, lost, total = [], 0, 0
+        for number in self.kept:
+            counts = [limit.count(caption) for caption in self.manifest.rows[number].captions]
+            total += sum(counts)
+            if max(counts) > limit.length:
+                over.append(number)
+                lost += sum(max(0, count - limit.length) for count in counts)
+        if over:
+            yield (
+                f"captions longer than the text encoder's {limit.length} tokens: {len(over)} of the "
+                f"kept ones{self._examples(over)}; {lost:,} of all {total:,} tokens are lost"
+            )
+
+
+# What a manifest may say of a file: how it is measured, and by which share it may be off.
+_COLUMNS: dict[str, tuple[Callable[[Verdict], float], float]] = {
+    "fps": (lambda v: v.info.fps if v.info else 0.0, 0.01),
+    "duration": (lambda v: v.info.duration if v.info else 0.0, 0.02),
+    "num_frames": (lambda v: float(v.num_frames), 0.0),
+    "width": (lambda v: float(v.info.width if v.info else 0), 0.0),
+    "height": (lambda v: float(v.info.height if v.info else 0), 0.0),
+}
+
+
+def _shown(row: Row, verdict: Verdict) -> tuple[int, int]:
+    """Width and height of what is meant of a picture."""
+    if row.crop is not None:
+        return row.crop[2], row.crop[3]
+    return (verdict.info.width, verdict.info.height) if verdict.info else (0, 0)
 
 
 def check_manifest(
-    path: Path, wanted: Wanted, max_bad_share: float = 0.0, workers: int | None = None
-) -> bool:
-    """Prints kept or dropped for each row of a manifest, with the reason, and a summary.
+    manifest: Manifest,
+    wanted: Wanted,
+    *,
+    workers: int | None = None,
+    file_seconds: float = 60.0,
+    say: Callable[[str], None] = print,
+) -> Findings:
+    """Reads every clip, and says of each row whether it is kept, and if not, why.
 
     Args:
-        path: the manifest.
+        manifest: to check.
         wanted: what training will ask for.
-        max_bad_share: of all rows, in [0, 1].
         workers: processes; default one a core.
-    Returns:
-        Whether the share of dropped rows is at most `max_bad_share`.
+        file_seconds: after which a file on which a decoder hangs is given up.
+        say: told each line.
     Raises:
-        FileNotFoundError, ValueError: as read_manifest, or an argument is out of range.
+        ValueError: an argument is out of range.
     """
-    if not 0 <= max_bad_share <= 1:
-        raise ValueError(f"max_bad_share={max_bad_share} must be in [0, 1]")
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
-    manifest = read_manifest(path)
+    if not file_seconds > 0:
+        raise ValueError(f"file_seconds={file_seconds:g} must be positive")
+    found = Findings(manifest, wanted)
     for line, reason in manifest.bad:
-        print(f"dropped  line {line}: {reason}")
-    pieces = [(manifest.locate(row), row.start or 0.0, row.end) for row in manifest.rows]
-    num_dropped, num_enlarged = len(manifest.bad), 0
-    verdicts = _verdicts(pieces, wanted, min(workers or os.cpu_count() or 1, len(pieces)))
-    progress = tqdm(verdicts, total=len(pieces), desc="checking", unit="clip", disable=None)
-    for line, row, verdict in zip(manifest.lines, manifest.rows, progress, strict=True):
-        if verdict.reason:
-            progress.write(f"dropped  line {line}: {row.path}: {verdict.reason}")
-        else:
-            progress.write(f"kept     line {line}: {row.path}: {verdict.detail}")
-        num_dropped += bool(verdict.reason)
-        num_enlarged += verdict.enlarged
+        say(f"dropped  line {line}: {reason}")
+        found.drop(reason)
+    for line, reason in manifest.dropped:
+        say(f"dropped  line {line}: {reason}")
+        found.drop(reason.rpartition(": ")[2])
+    pieces = (
+        Piece(manifest.locate(row), row.start or 0.0, row.end, row.crop) for row in manifest.rows
+    )
+    number = min(workers or os.cpu_count() or 1, len(manifest.rows))
+    verdicts = run_tasks(
+        partial(check_clip, wanted=wanted), pieces, workers=number, time_limit=file_seconds
+    )
+    early: dict[int, Verdict | Lost] = {}
+    progress = tqdm(total=len(manifest.rows), desc="checking", unit="clip", disable=None)
+    with progress:
+        for index, outcome in verdicts:
+            early[index] = outcome
+            progress.update()
+            while (row := len(found.kept) + found.num_dropped - _before(manifest)) in early:
+                progress.clear()
+                _judge(found, row, early.pop(row), say)
+    return found
 
-    num_rows = len(manifest.rows) + len(manifest.bad)
-    print(f"{num_rows - num_dropped} of {num_rows} clips kept, {num_dropped} dropped")
-    if num_enlarged:
-        print(
-            f"smaller than asked for, which training will enlarge: {num_enlarged} of the kept ones"
-        )
-    return num_dropped <= max_bad_share * num_rows
+
+def _before(manifest: Manifest) -> int:
+    """Rows that were dropped without a look at their files."""
+    return len(manifest.bad) + len(manifest.dropped)
 
 
-def _verdicts(
-    pieces: list[tuple[str, float, float | None]], wanted: Wanted, workers: int
-) -> Iterator[Verdict]:
-    """A verdict a piece, in order."""
-    if workers == 1:
-        for piece in pieces:
-            yield check_clip(*piece, wanted)
+def _judge(found: Findings, row: int, outcome: Verdict | Lost, say: Callable[[str], None]) -> None:
+    """Says what came of a row, and adds it up."""
+    verdict = Verdict(outcome.reason) if isinstance(outcome, Lost) else outcome
+    path, line = found.manifest.rows[row].path, found.manifest.lines[row]
+    if verdict.reason:
+        found.drop(verdict.reason)
+        say(f"dropped  line {line}: {path}: {verdict.reason}")
         return
-    with ProcessPoolExecutor(workers) as pool:
-        paths, starts, ends = zip(*pieces, strict=True)
-        with interrupts_deferred():
-            verdicts = pool.map(
-                check_clip, paths, starts, ends, [wanted] * len(pieces), chunksize=8
-            )
-        try:
-            yield from verdicts
-        except BrokenProcessPool as error:
-            raise ValueError(
-                "a decoder crashed on one of the clips: use --workers 1, which stops after the "
-                "last good one"
-            ) from error
+    found.kept[row] = verdict
+    say(f"kept     line {line}: {path}: {verdict.detail}")
+
+
+def write_kept(found: Findings, path: Path) -> None:
+    """A manifest of the rows that were kept, with what was measured of their files.
+
+    Raises:
+        ValueError: as write_manifest, or it would lie in another folder, from which paths differ.
+    """
+    manifest = found.manifest
+    if (
+        not isinstance(manifest.path, Path)
+        or path.parent.resolve() != manifest.path.parent.resolve()
+    ):
+        raise ValueError(
+            f"--write {path}: expected a file beside {manifest.path}, from where its paths start"
+        )
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number, verdict in sorted(found.kept.items()):
+            row, info = manifest.rows[number], verdict.info
+            assert info is not None
+            yield row.model_dump(exclude_none=True) | {
+                "num_frames": verdict.num_frames,
+                "height": info.height,
+                "width": info.width,
+                "fps": info.fps,
+                "duration": info.duration,
+            }
+
+    write_manifest(path, rows())

@@ -52,18 +52,85 @@ def world(
 
 
 @app.command()
-def check(
-    manifest: Annotated[Path, typer.Argument(help="A .jsonl, .csv or .parquet manifest.")],
-    frames: Annotated[int, typer.Option(help="Frames that each clip must have room for.")] = 1,
-    fps: Annotated[float, typer.Option(help="Their rate, in frames per second.")] = 8.0,
-    height: Annotated[int | None, typer.Option(help="Count the clips smaller than this.")] = None,
-    width: Annotated[int | None, typer.Option(help="Count the clips smaller than this.")] = None,
-    max_bad_share: Annotated[float, typer.Option(help="Share of rows that may be bad.")] = 0.0,
+def ingest(
+    src: Annotated[
+        str, typer.Argument(help="A folder, a file, a manifest with `path`, or a folder's URL.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder for manifest.jsonl and report.html.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, values in YAML.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML; see configs/ingest.yaml.")] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster; else a local Ray.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Try again what failed before.")] = False,
 ) -> None:
-    """Decode every clip: kept or dropped, with the reason; exit code 1 when too many are bad."""
-    from data.check import Wanted, check_manifest
+    """Make a dataset of raw video: split, crop, measure, filter, deduplicate, caption.
 
-    wanted = Wanted(num_frames=frames, fps=fps, height=height, width=width)
-    if not check_manifest(manifest, wanted, max_bad_share, workers):
+    The same command again goes on where it stopped; other thresholds re-select without reading.
+    Exit code 1 when no clip is kept.
+    """
+    from data.ingest import ingest as run_ingest
+    from data.ingest_config import load_ingest_config
+
+    settings = load_ingest_config(config, overrides or [])
+    result = run_ingest(
+        src,
+        out,
+        settings,
+        engine=engine,
+        address=address,
+        workers=workers,
+        retry=retry,
+    )
+    typer.echo(result)
+    if not result.num_kept:
+        raise typer.Exit(1)
+
+
+@app.command()
+def shards(
+    manifest: Annotated[str, typer.Argument(help="A manifest, or its URL.")],
+    out: Annotated[str, typer.Argument(help="Folder for the shards and manifest.jsonl, or URL.")],
+    shard_size: Annotated[
+        str, typer.Option(help="At most this much in a shard, such as 1GB.")
+    ] = "1GB",
+) -> None:
+    """Write a dataset as WebDataset tar shards; exit code 1 when no file can be read."""
+    from data.tar_shards import parse_bytes, write_shards
+
+    done = write_shards(manifest, out, parse_bytes(shard_size))
+    for path, reason in done.bad:
+        typer.echo(f"left out  {path}: {reason}")
+    if done.bad:
+        typer.echo(f"{len(done.bad)} files cannot be read, of {done.num_bad_rows} rows")
+    if not done.num_rows:
+        typer.echo("nothing is left: no manifest is written")
+        raise typer.Exit(1)
+    typer.echo(
+        f"{done.num_rows} rows of {done.num_files} files in {done.num_shards} shards, {done.manifest}"
+    )
+
+
+@app.command()
+def index(
+    shards: Annotated[list[str], typer.Argument(help="Tar shards: paths, URLs, with wildcards.")],
+    out: Annotated[Path, typer.Option(help="The manifest: .jsonl, .csv or .parquet.")],
+) -> None:
+    """Make a manifest of existing WebDataset tar shards; exit code 1 when one is damaged."""
+    from data.tar_index import index_shards
+
+    done = index_shards(shards, out)
+    for shard, reason in done.bad:
+        typer.echo(f"damaged  {shard}: {reason}")
+    typer.echo(f"{done.num_samples} samples of {done.num_shards} shards, {out}")
+    if done.num_without_media:
+        typer.echo(f"left out, with no video or image in them: {done.num_without_media} samples")
+    if done.num_silent:
+        typer.echo(
+            f"without a caption: {done.num_silent} rows, which training leaves out; `zoetrope data "
+            "ingest` on the manifest gives them one"
+        )
+    if done.bad:
         raise typer.Exit(1)

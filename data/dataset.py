@@ -3,22 +3,24 @@
 The dataset is indexed by a global sample counter g that never ends: sample g is the same on any
 rank, worker and machine, however far a run was resumed. StepSampler deals the counters of each
 step out to ranks and micro-batches; a DataLoader with any number of workers does the rest. Clips
-of one step have one size, which may differ from step to step (see data/buckets.py).
+of one step have one size, which may differ from step to step (see data/buckets.py), or share rows of
+tokens in several sizes (data/packing.py); data/order.py says which counter is what.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypedDict
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.buckets import BucketRows, BucketSequence, Size, bucket_rows
-from data.manifest import Manifest, Row
-from data.randomness import numpy_generator, permuted_index, stream_seed
+from data.buckets import Size, bucket_rows
+from data.manifest import Manifest
+from data.order import BucketOrder, SampleOrder, UniformOrder
+from data.randomness import numpy_generator
 from data.video import Backend, VideoReadError, read_clip
 
 _log = logging.getLogger(__name__)
@@ -50,23 +52,87 @@ class Batch(TypedDict):
     bad: list[tuple[str, str]]
 
 
-class ClipDataset(Dataset[Sample]):
-    """Clips of one size, or of one size per step, addressed by the global sample counter.
+class PackedBatch(Batch):
+    """`video` is flat, the values of one clip after the other's; `sizes` is (b 3): frames, height and
+    width of each."""
 
-    Each epoch of len(dataset) samples is a fresh permutation of the rows. With buckets, step
-    g // batch_size has one of them, which has rows and epochs of its own. The wording of the
-    caption, and where in a longer piece the clip lies, are drawn per sample. A clip that cannot be
-    read is replaced by another row, also drawn from the counter, and reported in `bad`. Files are
-    opened in the call, so the dataset can be sent to any worker.
+    sizes: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ClipRequest:
+    """One clip to read: all that it takes, so that any process can do it, without the manifest.
+
+    Attributes:
+        g, row, caption: of the sample that it is for.
+        path, fps, start, end, crop, position, backend: as `read_clip`.
+        size: frames, height and width.
+    """
+
+    g: int
+    row: int
+    caption: str
+    path: str
+    size: Size
+    fps: float
+    start: float
+    end: float | None
+    crop: tuple[int, int, int, int] | None
+    position: float
+    backend: Backend
+
+    @property
+    def is_here(self) -> bool:
+        """Whether reading takes no time, as the video is in this process already."""
+        return False
+
+    @property
+    def name(self) -> str:
+        """The clip, for people: pieces of one file are different clips."""
+        if not self.start and self.end is None:
+            return self.path
+        return f"{self.path} [{self.start:g}, {'end' if self.end is None else f'{self.end:g}'}]"
+
+    def read(self) -> torch.Tensor:
+        """The video, uint8 (3 f h w).
+
+        Raises:
+            VideoReadError: it cannot be read, or is too short.
+        """
+        num_frames, height, width = self.size
+        return read_clip(
+            self.path,
+            num_frames=num_frames,
+            fps=self.fps,
+            height=height,
+            width=width,
+            start=self.start,
+            end=self.end,
+            crop=self.crop,
+            position=self.position,
+            backend=self.backend,
+        )
+
+
+class ClipDataset(Dataset[Sample]):
+    """Clips of one size, or of several, addressed by the global sample counter.
+
+    Each epoch of len(dataset) samples is a fresh permutation of the rows; another `order` has rows and
+    epochs for each size. The wording of the caption, and where in a longer piece the clip lies, are
+    drawn per sample. A clip that cannot be read is replaced by another row of its size, also drawn
+    from the counter, and reported in `bad`. Files are opened in the call, so the dataset can be sent to
+    any worker.
 
     Args:
         manifest: its rows are the clips.
-        num_frames, height, width, fps: of every clip, as `read_clip`; with buckets only fps is.
+        num_frames, height, width, fps: of every clip, as `read_clip`; with buckets or an order only
+            fps is.
         seed: of all draws.
         random_start: draw where in a longer piece the clip lies; otherwise it is at its start.
         backend: the decoder, as VideoReader; "pyav" is the quicker one for clips of a few frames.
         buckets: sizes and their shares of the steps, as BucketSequence; none for one size.
         batch_size: samples per optimizer step, over all ranks and micro-batches; buckets need it.
+        order: of the samples, in place of buckets and batch_size.
     Raises:
         ValueError: a bucket has no row that is right for it, a share is not positive, or there are
             buckets without batch_size.
@@ -85,23 +151,23 @@ class ClipDataset(Dataset[Sample]):
         backend: Backend = "auto",
         buckets: Mapping[Size, float] | None = None,
         batch_size: int | None = None,
+        order: SampleOrder | None = None,
     ) -> None:
         self.manifest = manifest
-        self.num_frames = num_frames
-        self.height = height
-        self.width = width
         self.fps = fps
         self.seed = seed
         self.random_start = random_start
         self.backend: Backend = backend
-        self.buckets: list[BucketRows] = []
-        if buckets:
+        if order is None and buckets:
             if batch_size is None or batch_size < 1:
                 raise ValueError(f"buckets need the run's batch_size, 1 or more, got {batch_size}")
-            self._batch_size = batch_size
-            self._sequence = BucketSequence(buckets, seed)
-            self.buckets = bucket_rows(manifest, list(buckets), fps)
-            self._rows = {bucket.size: bucket.rows for bucket in self.buckets}
+            found = bucket_rows(manifest, list(buckets), fps)
+            rows = {bucket.size: bucket.rows for bucket in found}
+            order = BucketOrder(rows, dict.fromkeys(rows, batch_size), seed, buckets)
+        if order is None:
+            size = (num_frames, height, width)
+            order = UniformOrder(len(manifest.rows), size, batch_size or 1, seed)
+        self.order = order
 
     def __len__(self) -> int:
         """Rows, which without buckets is samples in an epoch; counters may go on for ever."""
@@ -114,63 +180,81 @@ class ClipDataset(Dataset[Sample]):
             ValueError: so many clips in a row cannot be read that the rest won't be either.
         """
         bad: list[tuple[str, str]] = []
-        size, rows, place = self._draw(g)
-        for attempt in range(1, _MAX_SUBSTITUTES + 1):
-            index = int(rows[place])
-            row = self.manifest.rows[index]
-            draw = numpy_generator(self.seed, "clip", g)
-            caption = row.captions[int(draw.integers(len(row.captions)))]
-            position = float(draw.random()) if self.random_start else 0.0
+        while True:
+            request = self.request(g, bad)
             try:
-                video = self._read(row, size, position)
+                return self.sample(request, request.read(), bad)
             except VideoReadError as error:
-                bad.append((_clip_name(error.path, row), error.reason))
-                substitute = numpy_generator(self.seed, "substitute", g, attempt)
-                place = int(substitute.integers(len(rows)))
-            else:
-                return Sample(video=video, caption=caption, row=index, g=g, bad=bad)
-        clip, reason = bad[-1]
-        raise ValueError(
-            f"{len(bad)} clips in a row cannot be read, the last one {clip}: {reason}; "
-            f"run `zoetrope data check {self.manifest.path}`"
-        )
+                bad.append((request.name, error.reason))
 
-    def _draw(self, g: int) -> tuple[Size, Sequence[int] | np.ndarray, int]:
-        """The size of sample `g`, the rows it may be of, and which of these it is."""
-        if not self.buckets:
-            size = (self.num_frames, self.height, self.width)
-            return size, range(len(self)), permuted_index(self.seed, g, len(self))
-        step, in_batch = divmod(g, self._batch_size)
-        size, earlier_steps = self._sequence.at(step)
-        drawn, rows = earlier_steps * self._batch_size + in_batch, self._rows[size]
-        return size, rows, permuted_index(stream_seed(self.seed, "bucket", *size), drawn, len(rows))
+    def request(self, g: int, bad: Sequence[tuple[str, str]] = ()) -> ClipRequest:
+        """What is to be read for sample number `g`.
 
-    def _read(self, row: Row, size: Size, position: float) -> torch.Tensor:
-        num_frames, height, width = size
-        return read_clip(
-            self.manifest.locate(row),
-            num_frames=num_frames,
+        Args:
+            bad: (clip, reason) of what has been asked for in its place and could not be read.
+        Raises:
+            ValueError: so many could not be read that the rest won't be either.
+        """
+        if len(bad) >= _MAX_SUBSTITUTES:
+            clip, reason = bad[-1]
+            raise ValueError(
+                f"{len(bad)} clips in a row cannot be read, the last one {clip}: {reason}; "
+                f"run `zoetrope data check {self.manifest.path}`"
+            )
+        size, rows, place = self.order.draw(g)
+        if bad:
+            substitute = numpy_generator(self.seed, "substitute", g, len(bad))
+            place = int(substitute.integers(len(rows)))
+        index = int(rows[place])
+        row = self.manifest.rows[index]
+        draw = numpy_generator(self.seed, "clip", g)
+        caption = row.captions[int(draw.integers(len(row.captions)))]
+        position = float(draw.random()) if self.random_start else 0.0
+        return ClipRequest(
+            g=g,
+            row=index,
+            caption=caption,
+            path=self.manifest.locate(row),
+            size=size,
             fps=self.fps,
-            height=height,
-            width=width,
             start=row.start or 0.0,
             end=row.end,
+            crop=row.crop,
             position=position,
             backend=self.backend,
         )
 
+    def sample(
+        self, request: ClipRequest, video: torch.Tensor, bad: list[tuple[str, str]]
+    ) -> Sample:
+        """A request's sample, once its video is there."""
+        return Sample(video=video, caption=request.caption, row=request.row, g=request.g, bad=bad)
 
-def _clip_name(path: str, row: Row) -> str:
-    """Names a clip for people: pieces of one file are different clips."""
-    if row.start is None and row.end is None:
-        return path
-    return f"{path} [{row.start or 0.0:g}, {'end' if row.end is None else f'{row.end:g}'}]"
+    def collate(self, samples: list[Sample]) -> dict[str, Any]:
+        """A batch."""
+        return dict(collate_packed(samples) if self.order.packed else collate(samples))
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """A batch of samples of one size, which all samples of a step have."""
+    """A batch of samples of one size, which all samples of a step have but of a packed one."""
+    return _batch(samples, torch.stack([sample["video"] for sample in samples]))
+
+
+def collate_packed(samples: list[Sample]) -> PackedBatch:
+    """A batch of samples of any sizes."""
+    videos = [sample["video"] for sample in samples]
+    sizes = torch.tensor([video.shape[1:] for video in videos])
+    return PackedBatch(**_batch(samples, flatten(videos)), sizes=sizes)
+
+
+def flatten(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors of any shapes as one: all their values, one after the other."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _batch(samples: list[Sample], video: torch.Tensor) -> Batch:
     return Batch(
-        video=torch.stack([sample["video"] for sample in samples]),
+        video=video,
         captions=[sample["caption"] for sample in samples],
         rows=[sample["row"] for sample in samples],
         g=[sample["g"] for sample in samples],
@@ -236,42 +320,46 @@ class StepSampler:
     """Deals out sample counters: an endless iterator of batches for one rank.
 
     Batch number s * grad_accum + m is micro-batch m of step s (counting from `start_step`); all
-    ranks' micro-batches of step s together are counters [s * batch_size, (s + 1) * batch_size).
-    So what a step sees does not depend on the number of ranks, and a resumed run needs only its
-    step. For `DataLoader(batch_sampler=...)`.
+    ranks' micro-batches of step s together are counters [s * batch_size, (s + 1) * batch_size), or
+    those that an order says. So what a step sees does not depend on the number of ranks, and a
+    resumed run needs only its step. For `DataLoader(batch_sampler=...)`.
 
     Args:
-        batch_size: samples per optimizer step, over all ranks and micro-batches.
+        batch_size: samples per optimizer step, over all ranks and micro-batches; or the order that
+            says which each step has.
         grad_accum: micro-batches per step.
         rank, world_size: this process and how many there are.
         start_step: the first step to deal out.
     Raises:
-        ValueError: batch_size cannot be dealt out evenly, or a number is out of range.
+        ValueError: a step cannot be dealt out evenly, or a number is out of range.
     """
 
     def __init__(
-        self, batch_size: int, grad_accum: int, rank: int, world_size: int, start_step: int = 0
+        self,
+        batch_size: int | SampleOrder,
+        grad_accum: int,
+        rank: int,
+        world_size: int,
+        start_step: int = 0,
     ) -> None:
-        if batch_size < 1 or grad_accum < 1 or start_step < 0 or not 0 <= rank < world_size:
+        too_few = isinstance(batch_size, int) and batch_size < 1
+        if too_few or grad_accum < 1 or start_step < 0 or not 0 <= rank < world_size:
             raise ValueError(
                 f"expected batch_size >= 1, grad_accum >= 1, start_step >= 0 and 0 <= rank < "
                 f"world_size, got {batch_size}, {grad_accum}, {start_step}, {rank} of {world_size}"
             )
-        parts = grad_accum * world_size
-        if batch_size % parts:
-            raise ValueError(
-                f"batch_size={batch_size} cannot be dealt out to {world_size} ranks x "
-                f"{grad_accum} micro-batches: use a multiple of {parts}"
-            )
-        self.micro_batch_size = batch_size // parts
-        self._batch_size, self._grad_accum = batch_size, grad_accum
-        self._rank, self._world_size, self._start_step = rank, world_size, start_step
+        order = batch_size
+        if isinstance(order, int):
+            order = UniformOrder(0, (1, 1, 1), order, seed=0)
+        order.check(world_size, grad_accum)
+        self._order, self._grad_accum, self._rank = order, grad_accum, rank
+        self._world_size, self._start_step = world_size, start_step
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self._start_step
         while True:
+            cuts = self._order.cuts(step, self._grad_accum * self._world_size)
             for micro in range(self._grad_accum):
                 part = micro * self._world_size + self._rank
-                first = step * self._batch_size + part * self.micro_batch_size
-                yield list(range(first, first + self.micro_batch_size))
+                yield list(range(cuts[part], cuts[part + 1]))
             step += 1

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.video_file import VideoInfo, VideoReadError, open_source, reporting
+from data.media import Piece
+from data.video_file import VideoInfo, VideoReadError, open_bytes, reporting
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,6 +29,9 @@ _ROTATIONS = {3: 180, 4: 180, 5: 270, 6: 90, 7: 90, 8: 270}
 def is_image_path(path: str | os.PathLike[str]) -> bool:
     """Whether a path or URL names a still image, by its ending alone (upper or lower case)."""
     name = os.fspath(path)
+    piece = Piece.parse(name)
+    if piece is not None:
+        return piece.suffix.lower() in IMAGE_SUFFIXES
     if "://" in name:  # fsspec chains URLs with "::", the file inside first; HTTP has queries
         name = next(part for part in name.split("::") if "://" in part)
         name = name.split("?")[0].split("#")[0]
@@ -100,11 +103,13 @@ def _read(path: str) -> tuple[np.ndarray, str, int]:
     """Upright RGB (h w 3), the format's name, and clockwise degrees it was turned by."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    source = open_source(path)
-    opened = nullcontext(source) if isinstance(source, str) else source
     try:
         # Pillow warns of odd metadata; what it cannot do without, it raises for.
-        with warnings.catch_warnings(action="ignore"), opened as file, Image.open(file) as image:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            open_bytes(path) as file,
+            Image.open(file) as image,
+        ):
             kind = (image.format or "image").lower()
             turn = image.getexif().get(_ORIENTATION, 1)
             # Not by `turn`: Pillow turns a TIFF itself when it loads it, and drops the tag.

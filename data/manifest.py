@@ -1,29 +1,53 @@
 """Manifests: the list of clips that a dataset is, a row a clip, in JSONL, CSV or Parquet.
 
 A row that cannot be used is left out and named with its line and reason; it never stops the rest.
+Rows are kept as text, and made into objects when they are asked for: a million of them take a few
+hundred MB, and reach another process as one block.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, overload
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+import numpy as np
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from data.images import is_image_path
+from data.manifest_formats import known_suffix, read_records, write_manifest
+
+__all__ = ["Manifest", "Place", "PlaceField", "Row", "Rows", "as_place", "read_manifest", "write_manifest"]
 
 _log = logging.getLogger(__name__)
+_DROPPED = "dropped: "
 _MAX_NAMED = 20  # rows left out that are named one by one
-_SUFFIXES = (".jsonl", ".csv", ".parquet")
-# Columns whose CSV cells are text, even when they look like a number.
-_TEXT_COLUMNS = ("path",)
+
+# Columns that `Manifest.column` gives as numbers for all rows at once.
+MEASURED = ("num_frames", "height", "width", "fps", "duration", "pixel_aspect")
+NUMBERS = ("start", "end", "crop_width", "crop_height", *MEASURED)
+
+Crop = tuple[NonNegativeInt, NonNegativeInt, PositiveInt, PositiveInt]
 
 
 class Row(BaseModel):
@@ -33,6 +57,8 @@ class Row(BaseModel):
         path: relative to the manifest, absolute, or a URL that fsspec opens.
         caption: what the clip shows, or a list of wordings to draw from.
         start, end: the piece of the file that is meant, in seconds; None is the file's own.
+        crop: the part of the picture that is meant, (x, y, width, height) in pixels of the upright
+            picture; None is all of it.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -41,6 +67,7 @@ class Row(BaseModel):
     caption: str | list[str]
     start: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     end: float | None = Field(default=None, allow_inf_nan=False)
+    crop: Crop | None = None
 
     @field_validator("caption")
     @classmethod
@@ -62,21 +89,103 @@ class Row(BaseModel):
         return [self.caption] if isinstance(self.caption, str) else self.caption
 
 
+class Rows(Sequence[Row]):
+    """Rows as JSON text, with their numbers beside them."""
+
+    def __init__(self, rows: Iterable[Row] = ()) -> None:
+        self._text = bytearray()
+        self._ends = array("q")
+        self._numbers = {name: array("d") for name in NUMBERS}
+        self._images = array("b")
+        for row in rows:
+            self.add(row, row.model_dump_json(exclude_none=True).encode())
+
+    def add(self, row: Row, text: bytes) -> None:
+        """A row, and the JSON text that it is read from again."""
+        self._text += text
+        self._ends.append(len(self._text))
+        extra = row.model_extra or {}
+        cropped = row.crop[2:] if row.crop else (None, None)
+        values = (row.start, row.end, *cropped, *map(extra.get, MEASURED))
+        for numbers, value in zip(self._numbers.values(), values):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                value = math.nan
+            numbers.append(value)
+        self._images.append(is_image_path(row.path))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Rows: ...
+
+    def __getitem__(self, index: int | slice) -> Row | Rows:
+        if isinstance(index, slice):
+            return Rows(self[i] for i in range(*index.indices(len(self))))
+        number = range(len(self))[index]
+        begin = self._ends[number - 1] if number else 0
+        text = bytes(self._text[begin : self._ends[number]])
+        try:
+            row = Row.model_validate_json(text)
+        except ValidationError:  # text that is not Unicode, which strict JSON cannot hold
+            row = Row.model_validate(json.loads(text))
+        extra = row.model_extra or {}
+        for name in [name for name, value in extra.items() if _is_missing(value)]:
+            del extra[name]
+        return row
+
+    def column(self, name: str) -> np.ndarray:
+        return np.array(self._numbers[name])
+
+    @property
+    def images(self) -> np.ndarray:
+        return np.array(self._images, bool)
+
+
+Place = Path | str  # a URL stays text: a Path would lose one of its slashes
+
+
+def as_place(path: str | os.PathLike[str]) -> Place:
+    """A local path, or a URL as it is."""
+    text = os.fspath(path)
+    return text if "://" in text else Path(text)
+
+
+def _place(value: Any) -> Any:
+    if not isinstance(value, (str, Path)):
+        raise PydanticCustomError("path_type", "Input is not a valid path")
+    return as_place(value)
+
+
+PlaceField = Annotated[Place, BeforeValidator(_place)]  # of a pydantic model
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The usable rows of a manifest file, and what is wrong with the others.
 
     Attributes:
-        path: the file.
+        path: the file, or its URL.
         rows: the usable rows, in order.
         lines: the line in the file of each of `rows` (the row's number in Parquet), from 1.
         bad: (line, reason) of each row that was left out.
+        dropped: (line, path and reason) of each row that the manifest itself says to leave out, with
+            `keep: false`; the reasons are those in its column drop_reasons.
     """
 
-    path: Path
-    rows: list[Row]
+    path: Place
+    rows: Rows
     lines: list[int]
     bad: list[tuple[int, str]] = field(default_factory=list)
+    dropped: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows that the manifest itself says to leave out."""
+        return len(self.dropped)
 
     def warn_of_bad_rows(self, max_bad_share: float = 1.0) -> None:
         """Logs the rows that were left out: the first ones by line and reason, and their number.
@@ -98,19 +207,39 @@ class Manifest:
             )
 
     @property
-    def root(self) -> Path:
+    def root(self) -> Place:
         """The folder that relative paths start from."""
-        return self.path.parent
+        return self.path.parent if isinstance(self.path, Path) else self.path.rpartition("/")[0]
 
     def locate(self, row: Row) -> str:
         """Where the clip of `row` is: a path that can be opened from here, or a URL."""
-        return row.path if "://" in row.path else str(self.root / row.path)
+        if "://" in row.path or os.path.isabs(row.path):
+            return row.path
+        return (
+            f"{self.root}/{row.path}" if isinstance(self.root, str) else str(self.root / row.path)
+        )
+
+    def column(self, name: str) -> np.ndarray:
+        """A number of every row, float64 (n,), NaN where a row has none; `name` is of NUMBERS."""
+        return self.rows.column(name)
+
+    @property
+    def images(self) -> np.ndarray:
+        """Whether each row is a still image by the ending of its path, bool (n,)."""
+        return self.rows.images
 
     def fingerprint(self) -> str:
         """32 hex digits that change when any usable row does, and not with the file's place."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for row in self.rows:
-            digest.update(json.dumps(row.model_dump(), sort_keys=True, default=str).encode())
+            values = row.model_dump()
+            if row.crop is None:  # as of manifests that know of none
+                del values["crop"]
+            digest.update(json.dumps(values, sort_keys=True, default=str).encode())
             digest.update(b"\n")
         return digest.hexdigest()
 
@@ -122,147 +251,91 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     cells of unknown columns that are JSON numbers, booleans, lists or objects are read as such.
 
     Args:
-        path: a .jsonl, .csv or .parquet file.
+        path: a .jsonl, .csv or .parquet file, or its URL.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: another suffix, unreadable as a whole, or without a single usable row.
     """
-    path = Path(path)
-    suffix = _known_suffix(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no manifest at {path}: expected a .jsonl, .csv or .parquet file")
-    records = {".jsonl": _jsonl_records, ".csv": _csv_records, ".parquet": _parquet_records}
-    rows: list[Row] = []
+    place = as_place(path)
+    known_suffix(str(place))
+    rows = Rows()
     lines: list[int] = []
     bad: list[tuple[int, str]] = []
-    for line, record in records[suffix](path):
-        if isinstance(record, str):
-            bad.append((line, record))
-            continue
-        try:
-            rows.append(Row.model_validate(_without_missing(record)))
-            lines.append(line)
-        except ValidationError as error:
-            bad.append((line, _reason(error)))
+    dropped: list[tuple[int, str]] = []
+    with _local(place) as file:
+        for line, found in read_records(file, str(place)):
+            row, text, reason = _understand(found)
+            if row is not None:
+                rows.add(row, text)
+                lines.append(line)
+            else:
+                (dropped if reason.startswith(_DROPPED) else bad).append((line, reason))
     if not rows:
-        detail = f"; line {bad[0][0]}: {bad[0][1]}" if bad else ""
-        raise ValueError(f"manifest {path}: none of its {len(bad)} rows can be used{detail}")
-    return Manifest(path, rows, lines, bad)
+        detail = f"; {len(dropped)} say keep: false" if dropped else ""
+        detail += f"; line {bad[0][0]}: {bad[0][1]}" if bad else ""
+        count = len(bad) + len(dropped)
+        raise ValueError(f"manifest {place}: none of its {count} rows can be used{detail}")
+    return Manifest(
+        place, rows, lines, bad, [(n, why.removeprefix(_DROPPED)) for n, why in dropped]
+    )
 
 
-def write_manifest(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
-    """Writes `rows` as a .jsonl, .csv or .parquet file, which appears only when complete.
+@contextmanager
+def _local(place: Place) -> Iterator[Path]:
+    """The manifest as a local file."""
+    if isinstance(place, str):
+        from data.media import local_copy
 
-    Args:
-        path: where to; the suffix decides the format.
-        rows: JSON-able dicts. In CSV, lists and dicts are written as JSON. In Parquet, where a
-            column has one type, captions become lists as soon as one of them is a list.
-    Raises:
-        ValueError: another suffix, or (Parquet) a column that mixes types.
-    """
-    path = Path(path)
-    suffix = _known_suffix(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        with local_copy(place) as path:
+            yield Path(path)
+        return
+    if not place.is_file():
+        raise FileNotFoundError(f"no manifest at {place}: expected a .jsonl, .csv or .parquet file")
+    yield place
+
+
+def _understand(found: str | dict[str, Any] | bytes) -> tuple[Row | None, bytes, str]:
+    """A row with its JSON text; or why it is left out, after _DROPPED where it says so itself."""
+    if isinstance(found, bytes):
+        try:  # in one go, which is several times as quick
+            row = Row.model_validate_json(found)
+            if "keep" not in (row.model_extra or {}):
+                return row, found, ""
+        except ValidationError:
+            pass
+        found = _parse(found)
+    if isinstance(found, str):
+        return None, b"", found
+    record = {column: value for column, value in found.items() if not _is_missing(value)}
+    keep = record.get("keep", True)
+    if not isinstance(keep, bool):
+        return None, b"", f"keep: expected true or false, got {keep!r:.80}"
+    if not keep:
+        reasons = record.get("drop_reasons") or ["no reason given"]
+        text = "; ".join(map(str, reasons)) if isinstance(reasons, list) else str(reasons)
+        return None, b"", f"{_DROPPED}{record.get('path')}: {text}"
     try:
-        if suffix == ".jsonl":
-            with partial.open("w", encoding="utf-8") as file:
-                for row in rows:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        elif suffix == ".csv":
-            _write_csv(partial, list(rows))
-        else:
-            _write_parquet(partial, list(rows))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        row = Row.model_validate(record)
+    except ValidationError as error:
+        return None, b"", _reason(error)
+    return row, json.dumps(record, default=str).encode(), ""
 
 
-def _known_suffix(path: Path) -> str:
-    suffix = path.suffix.lower()
-    if suffix not in _SUFFIXES:
-        raise ValueError(f"manifest {path}: expected one of {', '.join(_SUFFIXES)}, got '{suffix}'")
-    return suffix
-
-
-def _jsonl_records(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line, record), or (line, what is wrong with it)."""
-    with path.open("rb") as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text.decode("utf-8-sig"))
-            except UnicodeDecodeError:
-                yield line, "not UTF-8 text"
-            except (ValueError, RecursionError) as error:
-                yield line, f"not JSON: {error}"
-            else:
-                found = type(record).__name__
-                wrong = f"expected a JSON object, got {found}"
-                yield line, record if isinstance(record, dict) else wrong
-
-
-def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _parse(text: bytes) -> dict[str, Any] | str:
+    """The JSON object in a line, or what is wrong with it."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"manifest {path}: not UTF-8 text at byte {error.start}") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True)
-    try:
-        for cells in reader:
-            if "" in cells and any(cells[""] or ()):
-                names = len(reader.fieldnames or ())
-                yield reader.line_num, f"more cells than the {names} columns: quote commas"
-            else:
-                yield (
-                    reader.line_num,
-                    {column: _csv_value(column, cell) for column, cell in cells.items() if column},
-                )
-    except csv.Error as error:
-        raise ValueError(f"manifest {path}: line {reader.line_num} is not CSV: {error}") from error
+        record = json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return "not UTF-8 text"
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    if not isinstance(record, dict):
+        return f"expected a JSON object, got {type(record).__name__}"
+    return record
 
 
-def _csv_value(column: str, cell: str | None) -> Any:
-    if cell is None or not cell.strip():
-        return None
-    if column in _TEXT_COLUMNS or (column == "caption" and not cell.lstrip().startswith("[")):
-        return cell
-    try:
-        value = json.loads(cell)
-    except (ValueError, RecursionError):
-        return cell
-    # A quoted or null word is somebody's text, not JSON that write_manifest wrote.
-    return cell if value is None or isinstance(value, str) else value
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    parquet = _pyarrow_parquet(path)
-    try:
-        file = parquet.ParquetFile(path)
-        line = 0
-        for batch in file.iter_batches():
-            for record in batch.to_pylist():
-                line += 1
-                yield line, record
-    except (OSError, ValueError) as error:  # pyarrow's own errors are among these
-        raise ValueError(f"manifest {path}: not readable as Parquet: {error}") from error
-
-
-def _pyarrow_parquet(path: Path) -> Any:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ValueError(
-            f"manifest {path}: Parquet needs pyarrow: pip install 'zoetrope[parquet]'"
-        ) from error
-    return parquet
-
-
-def _without_missing(record: dict[str, Any]) -> dict[str, Any]:
-    def missing(value: Any) -> bool:
-        return value is None or (isinstance(value, float) and math.isnan(value))
-
-    return {column: value for column, value in record.items() if not missing(value)}
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _reason(error: ValidationError) -> str:
@@ -273,43 +346,15 @@ def _reason(error: ValidationError) -> str:
         return f"no {name}"
     if not name:
         return first["msg"].removeprefix("Value error, ")
+    found = f"{first['input']!r:.80}"
+    if first["type"] == "string_unicode":
+        advice = "; rename the file" if name == "path" else ""
+        return f"{name}: not Unicode text, got {found}{advice}"
     expected = {
         "path": "expected text, not empty",
         "caption": "expected text, or a list of texts, not empty",
         "start": "expected seconds, 0 or more",
         "end": "expected seconds",
+        "crop": "expected [x, y, width, height] in pixels",
     }
-    found = repr(first["input"])
-    return f"{name}: {expected.get(name, first['msg'])}, got {found[:80]}"
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        for row in rows:
-            cells = [row.get(column) for column in columns]
-            writer.writerow(
-                [
-                    json.dumps(cell, ensure_ascii=False)
-                    if isinstance(cell, (list, dict, bool))
-                    else cell
-                    for cell in cells
-                ]
-            )
-
-
-def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    parquet = _pyarrow_parquet(path)
-    import pyarrow
-
-    columns = dict.fromkeys(column for row in rows for column in row)
-    table = {column: [row.get(column) for row in rows] for column in columns}
-    captions = table.get("caption", [])
-    if any(isinstance(caption, list) for caption in captions):
-        table["caption"] = [[c] if isinstance(c, str) else c for c in captions]
-    try:
-        parquet.write_table(pyarrow.table(table), path)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"manifest {path}: not writable as Parquet: {error}") from error
+    return f"{name}: {expected.get(name, first['msg'])}, got {found}"

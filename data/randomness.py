@@ -58,9 +58,30 @@ def numpy_generator(seed: int, *counters: int | str) -> np.random.Generator:
     return np.random.default_rng(stream_seed(seed, *counters))
 
 
-@lru_cache(maxsize=16)  # one each for the buckets in use; 8 bytes an item: 80 MB for ten million
+@lru_cache(maxsize=16)  # 8 bytes an item: 80 MB for ten million
 def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return numpy_generator(seed, "permutation", epoch).permutation(n)
+
+
+class Shuffle:
+    """`permuted_index` of one stream, for many streams side by side: each keeps the permutations of
+    the two epochs that it was asked for last.
+
+    Args:
+        seed, n: as `permuted_index`.
+    """
+
+    def __init__(self, seed: int, n: int) -> None:
+        self.seed, self.n = seed, n
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def __call__(self, g: int) -> int:
+        epoch, position = divmod(g, self.n)
+        if epoch not in self._epochs:
+            while len(self._epochs) > 1:
+                del self._epochs[next(iter(self._epochs))]
+            self._epochs[epoch] = _permutation.__wrapped__(self.seed, epoch, self.n)
+        return int(self._epochs[epoch][position])
 
 
 def permuted_index(seed: int, g: int, n: int) -> int:

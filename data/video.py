@@ -110,6 +110,7 @@ def read_clip(
     start: float = 0.0,
     end: float | None = None,
     position: float = 0.0,
+    crop: tuple[int, int, int, int] | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
     """A clip of `num_frames` frames at `fps`, resized to cover (height, width), centre cropped.
@@ -125,11 +126,14 @@ def read_clip(
         height, width: pixels to return.
         start, end: the piece of the file to read from, in seconds; default the whole file.
         position: in [0, 1], where the clip lies within that piece: 0 at its start, 1 at its end.
+        crop: the part of the picture that is meant, (x, y, width, height) in pixels of the upright
+            picture as it is stored; default all of it.
         backend: as VideoReader.
     Returns:
         uint8 RGB (3 f h w); `to_float` takes it to [-1, 1].
     Raises:
-        VideoReadError: the file cannot be read, the piece is too short, or an image is to move.
+        VideoReadError: the file cannot be read, the piece is too short, an image is to move, or the
+            part of the picture lies outside it.
         ValueError: an argument makes no sense.
     """
     import torch
@@ -141,13 +145,25 @@ def read_clip(
         times = clip_times(
             info, num_frames=num_frames, fps=fps, start=start, end=end, position=position
         )
+        rows, columns = _within(info, crop)
         clip = torch.empty(num_frames, 3, height, width, dtype=torch.uint8)
         chunk = max(1, _MAX_BYTES // (info.width * info.height * 3))
         for first in range(0, num_frames, chunk):
             frames = torch.from_numpy(reader.read_at(times[first : first + chunk]))
-            frames = frames.permute(0, 3, 1, 2)
+            frames = frames[:, rows, columns].permute(0, 3, 1, 2)
             clip[first : first + chunk] = _cover(frames, height, width, info.pixel_aspect)
     return clip.transpose(0, 1).contiguous()
+
+
+def _within(info: VideoInfo, crop: tuple[int, int, int, int] | None) -> tuple[slice, slice]:
+    """The rows and columns of the picture that are meant."""
+    x, y, width, height = crop or (0, 0, info.width, info.height)
+    if x + width > info.width or y + height > info.height:
+        raise VideoReadError(
+            info.path,
+            f"crop {x},{y} {width}x{height} lies outside its picture of {info.width}x{info.height}",
+        )
+    return slice(y, y + height), slice(x, x + width)
 
 
 def _cover(frames: torch.Tensor, height: int, width: int, pixel_aspect: float) -> torch.Tensor:

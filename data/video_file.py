@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any, BinaryIO, TypeVar, cast
 
 import av
 import av.error
@@ -14,6 +15,13 @@ import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
+
+from data.media import LocalMedia, find_media
+
+T = TypeVar("T")
+
+# A cached copy of a remote file may be thrown out by another process just before it is opened.
+_TRIES = 3
 
 
 class VideoReadError(ValueError):
@@ -111,21 +119,57 @@ def reporting(path: str) -> Iterator[None]:
         raise VideoReadError(path, reason or type(error).__name__) from error
 
 
-def open_source(path: str) -> Any:
-    """What to read from: the opened file of a URL; of a local file its path, which is not empty."""
-    if "://" in path:
-        from fsspec.core import url_to_fs
+def open_source(path: str) -> str | BinaryIO:
+    """What decoders open: a name, as of a local file, wherever there can be one, or an opened file.
 
-        filesystem, inside = url_to_fs(path)
-        return filesystem.open(inside, "rb")
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        raise VideoReadError(path, "the file is empty")
-    return path
+    Args:
+        path: a local path, a URL, or a piece of a tar shard (see data/media.py).
+    Raises:
+        VideoReadError: it is empty, or what a URL names cannot be reached.
+    """
+    found = _find(path)
+    return found.name if isinstance(found, LocalMedia) else found
+
+
+def open_bytes(path: str) -> BinaryIO:
+    """The bytes of what `open_source` takes.
+
+    Raises:
+        VideoReadError: it cannot be opened.
+    """
+    with reporting(path):
+        return open_with(_opened, path, _find)
+
+
+def _opened(found: LocalMedia | BinaryIO) -> BinaryIO:
+    return found.open() if isinstance(found, LocalMedia) else found
+
+
+def _find(path: str) -> LocalMedia | BinaryIO:
+    with reporting(path):
+        found = find_media(path)
+        if isinstance(found, LocalMedia) and found.length is None:
+            if os.path.isfile(found.path) and os.path.getsize(found.path) == 0:
+                raise VideoReadError(path, "the file is empty")
+        elif isinstance(found, LocalMedia) and found.length == 0:
+            raise VideoReadError(path, "the file is empty")
+        return found
+
+
+def open_with(opener: Callable[[Any], T], path: str, find: Callable[[str], Any] = open_source) -> T:
+    """What `opener` makes of `find(path)`, which it is given."""
+    for _ in range(_TRIES - 1):
+        try:
+            return opener(find(path))
+        except FileNotFoundError:
+            if "://" not in path:
+                raise
+    return opener(find(path))
 
 
 def open_video(path: str) -> tuple[InputContainer, VideoStream]:
     """The opened file and its main video stream, set to decode in the calling thread."""
-    container = cast(InputContainer, av.open(open_source(path), metadata_errors="replace"))
+    container = cast(InputContainer, open_with(partial(av.open, metadata_errors="replace"), path))
     stream = cast(VideoStream | None, container.streams.best("video"))
     if stream is None or stream.disposition & Disposition.attached_pic:
         kinds = sorted({other.type for other in container.streams})
@@ -145,8 +189,8 @@ def check_complete(path: str, container: InputContainer, stream: VideoStream) ->
     entries = stream.index_entries
     if len(entries):
         needed = entries[len(entries) - 1].pos + entries[len(entries) - 1].size
-    if "matroska" in container.format.name and "://" not in path:
-        with open(path, "rb") as file:
+    if "matroska" in container.format.name:
+        with open_bytes(path) as file:
             needed = max(needed, _matroska_size(file.read(4096)))
     if 0 < container.size < needed:
         raise VideoReadError(

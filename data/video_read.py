@@ -17,7 +17,7 @@ import functools
 import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, Literal, NoReturn
+from typing import Any, BinaryIO, Literal, NoReturn
 
 import av
 import numpy as np
@@ -32,6 +32,7 @@ from data.video_file import (
     check_complete,
     last_frame,
     open_video,
+    open_with,
     reporting,
 )
 
@@ -204,11 +205,18 @@ def _decord() -> ModuleType | None:
     return decord
 
 
+def _decord_reader(decord: ModuleType, source: str | BinaryIO) -> Any:
+    if not isinstance(source, str):
+        raise ValueError("decord would load all of it into memory")
+    return decord.VideoReader(source, num_threads=1)
+
+
 class _DecordSource:
     """Frames by time through decord, for files that it shows exactly like PyAV.
 
-    These are local files of 8-bit 4:2:0 video, not mirrored, where decord finds the same frames at
-    the same times; rotated ones only in .mp4 and .mov, the only ones decord turns upright.
+    These are files, or pieces of tar shards, that are on this machine, of 8-bit 4:2:0 video, not
+    mirrored, where decord finds the same frames at the same times; rotated ones only in .mp4 and
+    .mov, the only ones decord turns upright.
     """
 
     def __init__(self, path: str, reference: _PyAVSource) -> None:
@@ -217,15 +225,14 @@ class _DecordSource:
             raise VideoReadError(path, "decord is not installed")
         turned = reference.orientation.transpose or reference.orientation.flip_y
         if (
-            "://" in path
-            or reference.pix_fmt not in ("yuv420p", "yuvj420p")
+            reference.pix_fmt not in ("yuv420p", "yuvj420p")
             or reference.orientation.mirrored
             or (turned and "mp4" not in reference.container_format)
         ):
             raise VideoReadError(path, "decord does not show this kind of file exactly")
         times = reference.packet_times()
         try:
-            self._reader = decord.VideoReader(path, num_threads=1)
+            self._reader = open_with(functools.partial(_decord_reader, decord), path)
             own_times = self._reader.get_frame_timestamp(range(len(self._reader)))[:, 0]
         except Exception as error:  # decord raises RuntimeError, DECORDError, AssertionError, ...
             raise VideoReadError(path, "decord cannot open it") from error
@@ -317,6 +324,17 @@ class VideoReader:
                     raise
                 self._fast = None
         return self._exact.read_at(wanted)
+
+    def frame_times(self) -> np.ndarray:
+        """When each frame appears, as far as the file tells without decoding it.
+
+        Returns:
+            Seconds in [0, duration), ascending, (f,); evenly spaced where packets are not frames.
+        """
+        times = None if isinstance(self._exact, ImageSource) else self._exact.packet_times()
+        if times is None:
+            times = np.arange(max(1, round(self.info.duration * self.info.fps))) / self.info.fps
+        return times[(times >= 0) & (times < self.info.duration)]
 
     def verify(self, start: float = 0.0, end: float | None = None) -> int:
         """Decodes every frame shown between `start` and `end` seconds, with PyAV, keeping none.

@@ -21,6 +21,7 @@ from data.cli import app as data_app
 from eval.cli import evaluate
 from sample.cli import sample
 from sample.wan_cli import export_model, import_model
+from train.data_cli import check, latents, show
 
 # click's UsageError; newer versions of typer carry a click of their own, so it is not to be imported.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -35,6 +36,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+for command in (check, show, latents):
+    data_app.command()(command)
 app.add_typer(data_app, name="data")
 app.command("sample")(sample)
 app.command("eval")(evaluate)

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
-import multiprocessing
-import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from data.buckets import BucketSequence, Size, bucket_rows, size_name
-from data.dataset import ClipDataset, StepSampler, collate
-from data.manifest import Manifest, Row
-from data.video import VideoReadError, read_clip
+from data.buckets import Size, bucket_rows
+from data.dataset import ClipDataset, ClipRequest, Sample, StepSampler
+from data.loader import ClipLoader
+from data.manifest import Manifest
+from data.order import SampleOrder
+from data.video import VideoReadError
 from sample.processes import Ranks
 from train.config import RunConfig
 from train.config_data import DataConfig
+from train.sizes import left_out
 from train.stopping import STOPS
 from train.watchdog import beat
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KeptRequest(ClipRequest):
+    """A request for a clip that is in memory."""
+
+    video: Tensor
+
+    @property
+    def is_here(self) -> bool:
+        return True
+
+    def read(self) -> Tensor:
+        return self.video
+
+
+def _piece(request: ClipRequest) -> tuple[Any, ...]:
+    return request.path, request.start, request.end, request.crop, request.size
 
 
 class TrainingClips(ClipDataset):
@@ -33,7 +51,7 @@ class TrainingClips(ClipDataset):
     Only with random_start off: then every read of a row gives the same frames.
     """
 
-    def __init__(self, manifest: Manifest, config: RunConfig) -> None:
+    def __init__(self, manifest: Manifest, config: RunConfig, order: SampleOrder) -> None:
         data = config.data
         super().__init__(
             manifest,
@@ -44,77 +62,57 @@ class TrainingClips(ClipDataset):
             seed=config.seed,
             random_start=data.random_start,
             backend=data.backend,
-            buckets=data.shares,
-            batch_size=config.train.batch_size,
+            order=order,
         )
         self._room = 0 if data.random_start else int(data.memory_gb * 1e9)  # bytes still free
-        self._kept: dict[tuple[str, float | None, float | None, Size], Tensor] = {}
+        self._kept: dict[tuple[Any, ...], Tensor] = {}
 
-    def _read(self, row: Row, size: Size, position: float) -> Tensor:
-        key = (row.path, row.start, row.end, size)
-        if key in self._kept:
-            return self._kept[key]
-        video = super()._read(row, size, position)
-        if video.nbytes <= self._room:
-            self._kept[key] = video
+    def request(self, g: int, bad: Sequence[tuple[str, str]] = ()) -> ClipRequest:
+        request = super().request(g, bad)
+        video = self._kept.get(_piece(request))
+        return request if video is None else KeptRequest(**vars(request), video=video)
+
+    def sample(self, request: ClipRequest, video: Tensor, bad: list[tuple[str, str]]) -> Sample:
+        if video.nbytes <= self._room and _piece(request) not in self._kept:
+            self._kept[_piece(request)] = video
             self._room -= video.nbytes
-        return video
-
-    def collate(self, samples: list[Any]) -> dict[str, Any]:
-        return dict(collate(samples))
+        return super().sample(request, video, bad)
 
 
 def rows_of_one_size(manifest: Manifest, data: DataConfig) -> Sequence[int]:
     """The rows for clips of data.num_frames, for validation and statistics: without buckets all of
-    them; beside buckets, in what may be a mixed manifest, those that a bucket of that size has.
+    them; beside buckets or native sizes, in what may be a mixed manifest, those that a bucket of that
+    size has.
 
     Raises:
         ValueError: there is none.
     """
-    if not data.buckets:
+    if not data.buckets and data.native is None:
         return range(len(manifest.rows))
-    size = (data.num_frames, data.height, data.width)
-    (bucket,) = bucket_rows(manifest, [size], data.fps)
+    (bucket,) = bucket_rows(manifest, [data.base_size], data.fps)
     return bucket.rows.tolist()
 
 
-def describe_buckets(manifest: Manifest, config: RunConfig) -> list[str]:
-    """A line a bucket: its share of the steps, its rows and how often a run sees each of them, and
-    the rows that it leaves out; no line without buckets.
+def row_request(
+    manifest: Manifest, row: int, data: DataConfig, size: Size, g: int = 0
+) -> ClipRequest:
+    """The clip of a size at the start of a row's piece.
 
-    Raises:
-        ValueError: no row of the manifest is right for a bucket.
+    Args:
+        g: what the request is to be known by.
     """
-    data, train = config.data, config.train
-    if not data.buckets:
-        return []
-    sequence, lines = BucketSequence(data.shares, config.seed), []
-    for bucket in bucket_rows(manifest, data.sizes, data.fps):
-        share, count = sequence.share(bucket.size), len(bucket.rows)
-        epochs = share * train.steps * train.batch_size / count
-        name = f"bucket {size_name(bucket.size)}"
-        left_out = bucket.left_out().removeprefix(f"{name}: ")
-        lines.append(
-            f"{name:28}{share:>16.1%}  (of steps; {count:,} rows, {epochs:,.1f} epochs"
-            f"{'; ' if left_out else ''}{left_out})"
-        )
-    return lines
-
-
-def read_row(manifest: Manifest, row: Row, data: DataConfig) -> Tensor:
-    """The clip at the start of a row's piece, uint8 (3 f h w).
-
-    Raises:
-        VideoReadError: it cannot be read, or is too short.
-    """
-    return read_clip(
-        manifest.locate(row),
-        num_frames=data.num_frames,
+    found = manifest.rows[row]
+    return ClipRequest(
+        g=g,
+        row=row,
+        caption="",
+        path=manifest.locate(found),
+        size=size,
         fps=data.fps,
-        height=data.height,
-        width=data.width,
-        start=row.start or 0.0,
-        end=row.end,
+        start=found.start or 0.0,
+        end=found.end,
+        crop=found.crop,
+        position=0.0,
         backend=data.backend,
     )
 
@@ -133,7 +131,7 @@ def read_rows(
     for row in rows:
         beat()
         try:
-            clips.append(read_row(manifest, manifest.rows[row], data))
+            clips.append(row_request(manifest, row, data, data.base_size).read())
         except VideoReadError as error:
             _warn_once(str(error))
         else:
@@ -143,46 +141,38 @@ def read_rows(
 
 
 def make_loader(
-    dataset: Dataset[Any], config: RunConfig, ranks: Ranks, start_step: int
-) -> DataLoader[Any]:
+    dataset: Any,
+    config: RunConfig,
+    ranks: Ranks,
+    start_step: int,
+    quarantine: dict[str, str] | None = None,
+    order: SampleOrder | None = None,
+) -> ClipLoader:
     """Endless micro-batches of this rank, and of those that share its samples, from step `start_step`
     on; the main rank logs which rows its buckets leave out.
 
-    The dataset has a `collate` of its own.
+    Args:
+        quarantine: files that are not to be touched, and why; what costs a worker is added.
+        order: the dataset's, which says what each step has; None: train.batch_size samples.
     """
-    if ranks.is_main and isinstance(dataset, TrainingClips):
-        for bucket in dataset.buckets:
-            if bucket.left_out():
-                _log.warning("%s", bucket.left_out())
+    if ranks.is_main:
+        for line in left_out(dataset.manifest, config):
+            _log.warning("%s", line)
     sampler = StepSampler(
-        config.train.batch_size,
+        order or config.train.batch_size,
         config.train.grad_accum,
         ranks.data_rank,
         ranks.num_data_ranks,
         start_step,
     )
-    return DataLoader(
+    return ClipLoader(
         dataset,
-        batch_sampler=sampler,  # type: ignore[arg-type] (any iterable of index lists will do)
-        num_workers=config.data.num_workers,
-        collate_fn=dataset.collate,  # type: ignore[attr-defined]
-        pin_memory=ranks.device.type == "cuda",
-        prefetch_factor=2 if config.data.num_workers else None,
-        worker_init_fn=_ignore_signals,
+        sampler,
+        workers=config.data.num_workers,
+        prefetch=config.data.prefetch,
+        file_seconds=config.data.file_seconds,
+        memory_limit=config.data.worker_memory_gb * 1e9,
+        signals=tuple(STOPS),  # they reach a whole process group, and a run finishes its step first
+        pin=ranks.device if ranks.device.type == "cuda" else None,
+        quarantine=quarantine,
     )
-
-
-def _ignore_signals(worker: int) -> None:
-    """Leaves signals that stop a run, and reach a whole process group, to the training process: it
-    finishes its step first, and needs its loader for that."""
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Ends workers that an error left behind: they ignore the SIGTERM that Python sends its daemons
-    before it waits for them, for ever."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()

@@ -146,6 +146,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _options_fit_the_recipe(self) -> RunConfig:
         recipe = self.recipe
+        if self.data.packing is not None:
+            self._check_packing()
         if isinstance(recipe, VAERecipeConfig):
             late = recipe.adversarial
             if late is not None and late.start_step >= self.train.steps:
@@ -164,14 +166,15 @@ class RunConfig(Section):
                     "has none; use adamw"
                 )
             return self
-        if self.data.buckets:
-            raise ValueError(
-                "data.buckets are for the VAE recipe: a DiT trains on clips of one size; leave them out"
-            )
         if recipe.lora is not None and self.train.optimizer.kind == "muon":
             raise ValueError(
                 "train.optimizer.kind=muon is for whole matrices, and recipe.lora trains products of "
                 "two thin ones; use adamw"
+            )
+        if recipe.latent_cache is not None and len(self.data.buckets) > 1:
+            raise ValueError(
+                "recipe.latent_cache holds one size per row, and data.buckets may draw a row in "
+                "several; use data.native, where each row has one, or leave recipe.latent_cache out"
             )
         if recipe.latent_cache is not None and self.data.random_start:
             raise ValueError(
@@ -179,6 +182,17 @@ class RunConfig(Section):
                 "data.random_start=false or leave recipe.latent_cache out"
             )
         return self
+
+    def _check_packing(self) -> None:
+        reason = ""
+        if isinstance(self.recipe, VAERecipeConfig):
+            reason = "is for the tokens of a DiT, and the VAE recipe has none"
+        elif self.train.parallel.context > 1:
+            reason = f"does not go with train.parallel.context={self.train.parallel.context}"
+        elif self.train.compile:
+            reason = "does not go with train.compile, which compiles anew for each length of a row"
+        if reason:
+            raise ValueError(f"data.packing {reason}; leave it out, and data.native makes batches")
 
     def hash(self) -> str:
         """Twelve hex digits that name the resolved config."""
@@ -191,6 +205,9 @@ FREE_TO_CHANGE = (
     "out",
     "logging",
     "data.num_workers",
+    "data.prefetch",
+    "data.file_seconds",
+    "data.worker_memory_gb",
     "data.memory_gb",
     "data.max_bad_share",
     "train.threads",

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.buckets import Size
 from data.dataset import BadFiles
+from data.loader import QUARANTINED
 from sample import processes
 from sample.processes import Ranks
 from train.agreement import check_disjoint, check_program, check_same
@@ -51,6 +52,7 @@ from train.setup import (
     resume,
     start_folder,
 )
+from train.sizes import describe_sizes
 from train.stopping import EXIT_INTERRUPTED, EXIT_REQUEUE, Stop, catch_signals
 from train.watchdog import beat, record_exchanges, watching
 
@@ -113,20 +115,24 @@ def _train(
     beat("reading the validation clips")
     check_validation(config, recipe, ranks)
     start_folder(config, ranks)
-    loader = make_loader(recipe.dataset(), config, ranks, start_step)
-    batches = islice(loader.batch_sampler or (), config.train.grad_accum)
+    unread: dict[str, str] = saved.get("unread", {})
+    quarantine = {k: why for k, why in unread.items() if why.startswith(QUARANTINED)}
+    loader = make_loader(recipe.dataset(), config, ranks, start_step, quarantine, recipe.order)
+    batches = islice(loader.batches, config.train.grad_accum)
     numbers = [number for batch in batches for number in batch]
-    check_disjoint(numbers, start_step * config.train.batch_size, ranks)
+    check_disjoint(numbers, recipe.order.first(start_step), ranks)
     # The row that a checkpoint leaves to be made may be there: of a start that came no further.
     log = RunLog(config, ranks, start_step - bool(saved.get("unreported")))
     log.say(describe_run(config, state, ranks, start_step))
+    for line in describe_sizes(data.train, config, recipe.order, recipe.num_tokens):
+        log.say(line)
     run = Run(
         *(config, ranks, recipe, model, state, frozen, log),
         window=Window(**saved.get("window", {})),
         meter=_meter(config, data, recipe, model, ranks),
         spikes=Spikes(config.train.skip_spikes, saved.get("spikes")),
         bad_files=BadFiles(len(data.train.rows), config.data.max_bad_share, ranks.num_data_ranks),
-        unread=saved.get("unread", {}),
+        unread=unread,
         checkpoints=Checkpointer(config.out / "checkpoints", config.train, ranks),
         skipped=SkippedLog(config.out, start_step) if ranks.is_main else None,
     )
@@ -167,7 +173,7 @@ def _meter(
     config: RunConfig, data: TrainData, recipe: Recipe, model: nn.Module, ranks: Ranks
 ) -> Meter:
     """For the run's sizes of clips; FLOPs are counted where the log's MFU needs them."""
-    peak, sizes = peak_tflops(config, ranks.device), config.data.sizes
+    peak, sizes = peak_tflops(config, ranks.device), list(recipe.order.rows)
     flops: dict[Size, float] = {}
     if peak is not None and ranks.is_main:
         counted = build_recipe(config, data, ranks, on_meta=True)
@@ -222,7 +228,9 @@ class Run:
         groups = self.state.groups
         norms = [clip_gradients(group.parameters.values(), config.grad_clip) for group in groups]
         figures = torch.cat([totals, *(norm.double().view(1) for norm in norms)]).tolist()
-        num_counted = config.batch_size * self.ranks.context  # ranks of a context count the same
+        samples = self.recipe.order.counts(step)
+        num_samples = sum(samples.values())
+        num_counted = num_samples * self.ranks.context  # ranks of a context count the same
         values = {name: total / num_counted for name, total in zip(names, figures)}
         num_stops, num_interrupts, *norms = figures[len(names) :]
         values.update((group.norm_name, norm) for group, norm in zip(groups, norms))
@@ -242,8 +250,8 @@ class Run:
         if config.skip_spikes is not None:
             values["skipped_share"] = float(spike is not None)
         busy = time.perf_counter() - begin
-        self.window.add(values, config.batch_size, busy, wait)
-        self.meter.add(self._size(), config.batch_size, busy, wait)
+        self.window.add(values, num_samples, busy, wait)
+        self.meter.add(samples, busy, wait)
         if num_interrupts:
             return EXIT_INTERRUPTED
         return EXIT_REQUEUE if num_stops else None
@@ -261,7 +269,7 @@ class Run:
         totals = torch.zeros(0, device=self.ranks.device, dtype=torch.float64)
         # Gradients are averaged over ranks; the loss is a mean over all samples. In a context all ranks
         # have the same loss, and each the gradients of the parts that it computes in all of them.
-        scale = self.ranks.num_data_ranks / config.batch_size
+        scale = self.ranks.num_data_ranks / self.recipe.order.batch(step)
         self.batches, self.samples = [], []
         for micro in range(config.grad_accum):
             asked = time.perf_counter()
@@ -291,13 +299,6 @@ class Run:
         # Filled on the device: a copy from here would wait for all that the device has yet to do.
         told = [totals.new_full((1,), float(flag)) for flag in (stopping, stop.interrupted)]
         return names, self.ranks.sum(torch.cat([totals, *told])), wait
-
-    def _size(self) -> Size:
-        """Of the clips of the step: all of them have one."""
-        if "video" not in self.batches[0]:
-            return self.config.data.sizes[0]
-        num_frames, height, width = self.batches[0]["video"].shape[2:]
-        return num_frames, height, width
 
     def _skip(self, step: int, spike: dict[str, Any]) -> None:
         """Notes a step that is left out; every rank is here together."""
@@ -342,7 +343,8 @@ class Run:
             if row[
                 "samples_per_second"
             ]:  # none, for a row that an interrupted run left to this one
-                left = steps_left * self.config.train.batch_size / row["samples_per_second"]
+                a_step = sum(self.recipe.order.mean_counts().values())
+                left = steps_left * a_step / row["samples_per_second"]
                 line = f"{line}  left {clock(left)}"
             self.log.say(line)
             unread = self.all_unread()

@@ -21,7 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import (
@@ -106,6 +111,8 @@ def shard_weights(recipe: Recipe, mesh: DeviceMesh, config: TrainConfig) -> None
             if module in blocks:
                 fully_shard(module, mesh=mesh, mp_policy=of_blocks)
         fully_shard(network, mesh=mesh, mp_policy=policy())
+        if isinstance(network, DiT):  # whose weights are to be gathered for this as for `forward`
+            register_fsdp_forward_method(network, "forward_packed")
 
 
 def _shards(recipe: nn.Module) -> list[FSDPModule]:

@@ -100,15 +100,16 @@ class Meter:
         mark.record()
         self._marks.append((self._mark, mark))
 
-    def add(self, size: Size, samples: int, busy: float, wait: float) -> None:
-        """A step of `samples` clips of a size, over all ranks, which took `busy` seconds, and of these
+    def add(self, samples: Mapping[Size, int], busy: float, wait: float) -> None:
+        """A step of so many clips of each size, over all ranks, which took `busy` seconds, and of these
         `wait` for data."""
         self._num_steps += 1
-        self._num_samples += samples
         self._busy += busy
         self._own += wait
-        self._tokens += samples * self.costs.tokens.get(size, 0)
-        self._flops += samples * self.costs.flops.get(size, 0.0)
+        for size, count in samples.items():
+            self._num_samples += count
+            self._tokens += count * self.costs.tokens.get(size, 0)
+            self._flops += count * self.costs.flops.get(size, 0.0)
 
     def add_checkpoint(self, seconds: float) -> None:
         """A checkpoint has kept training waiting."""

@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.buckets import Size
 from sample.processes import Ranks, micro_batch_size
-from train.clips import describe_buckets
 from train.config import RunConfig
 from train.config_file import dump_config
 from train.recipe import Recipe
 from train.setup import build_recipe, open_data
+from train.sizes import describe_sizes
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
@@ -49,6 +49,7 @@ def plan(config: RunConfig) -> str:
     world_size = max(context, int(os.environ.get("WORLD_SIZE", 1)))
     ranks = Ranks(0, world_size, torch.device("cpu"), None, context)
     recipe = build_recipe(config, data, ranks, on_meta=True)
+    recipe.order.check(ranks.num_data_ranks, config.train.grad_accum)
     batch_size = config.train.batch_size
     micro = micro_batch_size(batch_size, config.train.grad_accum, ranks.num_data_ranks)
     lines = [dump_config(config)]
@@ -56,19 +57,25 @@ def plan(config: RunConfig) -> str:
         total, trained = count_parameters(module)
         lines.append(f"{name + ' parameters':28}{total:>16,}  ({trained:,} trained)")
     clips = len(data.train.rows)
-    shares = config.data.shares or {config.data.sizes[0]: 1.0}
-    total = sum(shares.values())
     # Means over the steps, where batches have several sizes.
-    tokens = round(sum(w * recipe.num_tokens(size) for size, w in shares.items()) / total)
-    per_sample = sum(w * flops_per_sample(recipe, size) for size, w in shares.items()) / total
-    flops = per_sample * batch_size
+    counts = recipe.order.mean_counts()
+    samples = sum(counts.values())
+    tokens = sum(count * recipe.num_tokens(size) for size, count in counts.items())
+    flops = sum(count * flops_per_sample(recipe, size) for size, count in counts.items())
     epochs = config.train.steps * batch_size / clips
+    sizes = describe_sizes(data.train, config, recipe.order, recipe.num_tokens)
+    shown = f"{samples:,.2f}".removesuffix("0").removesuffix(".0")
+    dealt = f"{micro:,} per micro-batch and process"
+    if recipe.order.packed:
+        dealt = f"in the mean, in {batch_size:,} packed rows, {dealt}"
+    elif shown != f"{batch_size:,}":
+        dealt = "in the mean"
     lines += [
         f"{'clips':28}{clips:>16,}  ({len(data.train.bad):,} rows left out)",
-        *(describe_buckets(data.train, config) or [f"{'epochs':28}{epochs:>16,.1f}"]),
-        f"{'samples per batch':28}{batch_size:>16,}  ({micro:,} per micro-batch and process)",
-        f"{'tokens per sample':28}{tokens:>16,}",
-        f"{'tokens per batch':28}{tokens * batch_size:>16,}",
+        *(sizes or [f"{'epochs':28}{epochs:>16,.1f}"]),
+        f"{'samples per batch':28}{shown:>16}  ({dealt})",
+        f"{'tokens per sample':28}{round(tokens / samples):>16,}",
+        f"{'tokens per batch':28}{round(tokens):>16,}",
         f"{'FLOPs per step':28}{flops:>16.3e}",
         f"{'FLOPs in all':28}{flops * config.train.steps:>16.3e}",
     ]

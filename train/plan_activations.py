@@ -6,17 +6,16 @@ A DiT's blocks are alike, and so are the samples of a batch: what a few blocks, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from data.buckets import Size
 from train.plan_measure import Case, Measured, Storages, measure
 from train.recipe import Batch, Recipe
 from train.recipe_dit import DiTRecipe
+from train.sizes import heaviest
 
 # Blocks that are measured in place of all: with fewer, FSDP has not all in flight that it has.
 FEW = 4, 5
@@ -38,7 +37,7 @@ class Most:
 
 
 class Activations:
-    """Of a recipe on the meta device, in bytes of a rank; for the largest of its clips.
+    """Of a recipe on the meta device, in bytes of a rank; for the steps with the most or largest clips.
 
     Args:
         on_step: called before a step is measured, which takes seconds.
@@ -47,7 +46,7 @@ class Activations:
     def __init__(self, recipe: Recipe, on_step: Callable[[], object]) -> None:
         self.recipe = recipe
         self.on_step = on_step
-        self.size: Size = max(recipe.config.data.sizes, key=math.prod)
+        self.size, self.clips = heaviest(recipe.config, recipe.num_tokens)
         self.num_blocks = len(recipe.dit.blocks) if isinstance(recipe, DiTRecipe) else 0
         self._measured = lru_cache(maxsize=None)(self._measure)
 
@@ -82,7 +81,7 @@ class Activations:
                 # Of tokens, which are shared out, and of the rest.
                 of_tokens = (sample - part) / (1 - 1 / nearest)
                 sample -= of_tokens * (1 - 1 / context)
-            return fixed + micro_batch * sample
+            return fixed + micro_batch * self.clips * sample
 
         update = float(self._updates(sharded))
         if not self.num_blocks:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.manifest import Manifest
+from data.manifest import Manifest, Rows
 from dit.diffusers_vae import published_vae
 from dit.diffusers_vae_config import WanVAEConfig
 from dit.perceptual import PerceptualDistance
@@ -62,7 +62,7 @@ def recipe_on_meta(config: RunConfig, vae: str = "wan2.1") -> tuple[Recipe, list
     if vae not in STAND_INS:
         raise ValueError(f"--vae={vae} is not known; there are {', '.join(STAND_INS)}")
     notes: list[str] = []
-    clips = Manifest(config.data.manifest, [], [])
+    clips = Manifest(config.data.manifest, Rows(), [])
     ranks = Ranks(0, 1, torch.device("cpu"), None)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as said:
         if isinstance(config.recipe, VAERecipeConfig):

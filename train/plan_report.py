@@ -194,6 +194,7 @@ def _about_work(recipe: Recipe, model: Model, layout: Layout) -> list[str]:
     work, train, mode = model.work, model.config.train, layout.activation_checkpointing
     clips = ", ".join(size_name(size) for size in model.config.data.sizes)
     mean = " in the mean" if len(model.config.data.sizes) > 1 else ""
+    samples = "packed rows" if model.config.data.packing else "samples"
     vae = f", of which {flops(work.encoding)} in the frozen VAE" if work.encoding else ""
     both = work.forward + work.backward
     return [
@@ -203,7 +204,7 @@ def _about_work(recipe: Recipe, model: Model, layout: Layout) -> list[str]:
         f"  forward         {flops(work.forward):>12}{vae}",
         f"  backward        {flops(work.backward):>12}",
         f"  recomputation   {flops(work.recomputed(mode)):>12} with activation_checkpointing={mode}",
-        f"A step: {train.batch_size:,} samples, {work.tokens * train.batch_size:,.0f} tokens, "
+        f"A step: {train.batch_size:,} {samples}, {work.tokens * train.batch_size:,.0f} tokens, "
         f"{flops(both * train.batch_size)} forward and backward",
     ]
 

@@ -15,12 +15,13 @@ from train.config import MuonConfig
 from train.parallel import checkpoint_activations
 from train.recipe import Batch, Recipe
 from train.recipe_dit import DiTRecipe
+from train.sizes import expected_counts
 
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of a sample in matrix products and convolutions, and its tokens; means over the sizes that
-    a run's batches have."""
+    """FLOPs of a sample in matrix products and convolutions, and its tokens: those of the mean step,
+    divided by train.batch_size, whatever sizes its clips have and however many they are."""
 
     tokens: float
     forward: float
@@ -35,12 +36,17 @@ class Work:
 
 def count_work(recipe: Recipe) -> Work:
     """Counted by torch as the recipe goes forward and backward on the meta device."""
-    data = recipe.config.data
-    shares = data.shares or {data.sizes[0]: 1.0}
-    works = [(share, _work(recipe, size)) for size, share in shares.items()]
-    total = sum(shares.values())
-    names = [field.name for field in fields(Work)]
-    return Work(*(sum(w * getattr(work, name) for w, work in works) / total for name in names))
+    counts = mean_counts(recipe)
+    works = [(count, _work(recipe, size)) for size, count in counts.items()]
+    names, batch_size = [field.name for field in fields(Work)], recipe.config.train.batch_size
+    return Work(*(sum(n * getattr(work, name) for n, work in works) / batch_size for name in names))
+
+
+def mean_counts(recipe: Recipe) -> dict[Size, float]:
+    """How many clips of each size the mean step has, by the manifest where it has been read."""
+    if recipe.data.train.rows:
+        return recipe.order.mean_counts()
+    return expected_counts(recipe.config, recipe.num_tokens)
 
 
 def _work(recipe: Recipe, size: Size) -> Work:

@@ -8,20 +8,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from data.buckets import Size
+from data.loader import Source
 from data.manifest import Manifest
+from data.order import SampleOrder
 from data.randomness import generator, stream_seed
 from sample.context import ContextGroup
 from sample.model import ModelInfo
 from sample.processes import Ranks
 from train.config import RunConfig
+from train.sizes import sample_order
 
 Batch = dict[str, Tensor]
 
@@ -68,6 +71,15 @@ class Recipe(nn.Module, ABC):
         self.config, self.data, self.ranks = config, data, ranks
         self.context: ContextGroup | None = None  # where several ranks share a sequence
         self.weights_device = weights_device
+
+    @cached_property
+    def order(self) -> SampleOrder:
+        """Which samples each step has.
+
+        Raises:
+            ValueError: see `sample_order`.
+        """
+        return sample_order(self.data.train, self.config, self.num_tokens)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters in training, by name."""
@@ -124,7 +136,7 @@ class Recipe(nn.Module, ABC):
         """
 
     @abstractmethod
-    def dataset(self) -> Dataset[Any]:
+    def dataset(self) -> Source:
         """Items by global sample counter g; built once, when training starts."""
 
     @abstractmethod

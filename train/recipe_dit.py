@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from data.buckets import Size
+from data.buckets import Size, size_name
+from data.loader import Source
 from data.randomness import numpy_generator
 from data.video import to_float, to_uint8
 from dit.objective import Objective
@@ -23,11 +23,12 @@ from dit.transformer import DiT
 from sample.model import Model, ModelInfo, load_model, save_model
 from sample.pipeline import MAX_BATCH_CELLS, TextToVideo
 from sample.processes import Ranks
-from train.clips import TrainingClips, read_rows
+from train.clips import TrainingClips, read_rows, rows_of_one_size
 from train.config import RunConfig
 from train.config_recipes import DiTRecipeConfig
-from train.latents import CachedLatents, LatentCache
+from train.latents import cached_latents
 from train.lora import add_adapters, check_objective, export_lora
+from train.packed import packed_batch, packed_losses
 from train.recipe import Batch, Recipe, TrainData, counted_noise, counted_uniform
 from train.text_checkpoint import load_text_weights
 from train.watchdog import beat
@@ -103,22 +104,30 @@ class DiTRecipe(Recipe):
         assert dit is not None
         self.dit = dit
         self.latent_shape = self.vae.latent_shape(clip.num_frames, clip.height, clip.width)
-        patch = self.dit.config.patch_size
-        if any(size % p for size, p in zip(self.latent_shape[1:], patch)):
-            change = "data.* or recipe.dit.patch_size" if self.options.init is None else "data.*"
-            raise ValueError(
-                f"latents of {'x'.join(map(str, self.latent_shape[1:]))} do not divide into "
-                f"patches of {'x'.join(map(str, patch))}; change {change}"
-            )
-        self.clip_tokens = self.num_tokens((clip.num_frames, clip.height, clip.width))
+        for size in (clip.base_size, *clip.sizes):
+            self._check_size(size)
         boundary = self._start.expert_boundary or 0.0
         self.t_range = (0.0, boundary) if low else (boundary, 1.0)
-        first, last = (share_below(self.objective, t, self.clip_tokens) for t in self.t_range)
-        self._first_share, self._share = first, last - first
+        self._t_shares: dict[int, tuple[float, float]] = {}
         self._chunk = MAX_BATCH_CELLS // (clip.num_frames * clip.height * clip.width)
         self._chunk = min(max(1, self._chunk), _CHUNK)
         self._token_ids: dict[str, Tensor] = {}
         self._validation: ValidationSet | None = None
+
+    def _check_size(self, size: Size) -> None:
+        """Raises ValueError: VAE or DiT cannot take clips of a size of the training batches."""
+        where = f"bucket {size_name(size)}: " if size != self.config.data.base_size else ""
+        patch = self.dit.config.patch_size
+        try:
+            shape = self.vae.latent_shape(*size)[1:]
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from None
+        if any(s % p for s, p in zip(shape, patch)):
+            change = "data.* or recipe.dit.patch_size" if self.options.init is None else "data.*"
+            raise ValueError(
+                f"{where}latents of {'x'.join(map(str, shape))} do not divide into "
+                f"patches of {'x'.join(map(str, patch))}; change {change}"
+            )
 
     def _fresh(self) -> Model:
         """A model with a trained VAE, the rest of it new."""
@@ -217,15 +226,10 @@ class DiTRecipe(Recipe):
         text_trains = any(p.requires_grad for p in self.text.parameters())
         return [self.dit, self.text] if text_trains else [self.dit]
 
-    def dataset(self) -> Dataset[Any]:
+    def dataset(self) -> Source:
         if self.options.latent_cache is None:
-            return TrainingClips(self.data.train, self.config)
-        cache = LatentCache(
-            self.options.latent_cache, self.data.train, self.config.data, self.options.cache_dtype
-        )
-        self.vae.to(self.ranks.device)
-        cache.build(self.vae, self.ranks)
-        return CachedLatents(cache, self.config.seed, self.config.data.max_bad_share)
+            return TrainingClips(self.data.train, self.config, self.order)
+        return cached_latents(self)
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """Token ids (b m), each caption's made once; b may be 0."""
@@ -237,26 +241,59 @@ class DiTRecipe(Recipe):
         none = torch.empty(0, self.text.config.context_length, dtype=torch.long)
         return torch.stack([self._token_ids[c] for c in captions]) if captions else none
 
+    def sample_t(self, u: Tensor, num_tokens: int) -> Tensor:
+        """Noise levels for uniform draws (b,), as the shift is for a clip of so many tokens; of an
+        expert, those of its part of the distribution."""
+        if num_tokens not in self._t_shares:
+            first, last = (share_below(self.objective, t, num_tokens) for t in self.t_range)
+            self._t_shares[num_tokens] = first, last - first
+        first, share = self._t_shares[num_tokens]
+        return self.objective.sample_t(first + share * u, num_tokens)
+
+    def shown(self, g: Sequence[int], captions: Sequence[str]) -> list[str]:
+        """The captions that the network sees: those of some samples, by counter, are empty."""
+        dropped = counted_uniform(self.config.seed, "caption-dropout", g)
+        drops = (dropped < self.options.caption_dropout).tolist()
+        return ["" if drop else text for drop, text in zip(drops, captions)]
+
+    def text_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """States (b m d) and context_mask (b m) of a batch's captions."""
+        if "context" in batch:
+            return batch["context"], batch["context_mask"]
+        return self.text(batch["ids"])
+
     def make_batch(self, items: dict[str, Any], step: int) -> Batch:
         g, device, config = items["g"], self.ranks.device, self.config
-        seed, batch_size = config.seed, config.train.batch_size
-        position = torch.tensor(g) - step * batch_size
+        seed, batch_size = config.seed, self.order.batch(step)
+        position = torch.tensor(g) - self.order.first(step)
         stratum = strata(seed, step, batch_size)[position]
         uniform = (stratum + counted_uniform(seed, "t", g)) / batch_size
-        uniform = self._first_share + self._share * uniform  # the expert's part of the distribution
-        dropped = counted_uniform(seed, "caption-dropout", g) < self.options.caption_dropout
-        captions = ["" if drop else text for drop, text in zip(dropped, items["captions"])]
-        batch = {
-            "t": self.objective.sample_t(uniform, self.clip_tokens).to(device),
-            "ids": self.tokenize(captions).to(device),
-            "noise": counted_noise(seed, "noise", g, self.latent_shape, device),
-        }
-        posterior_noise = counted_noise(seed, "posterior", g, self.latent_shape, device)
+        if "context" in items:
+            context, mask = (items[key].to(device) for key in ("context", "context_mask"))
+            batch: Batch = {"context": context.float(), "context_mask": mask}
+        else:
+            batch = {"ids": self.tokenize(self.shown(g, items["captions"])).to(device)}
+        if "sizes" in items:
+            return batch | packed_batch(self, items, uniform)
+        if "mean" in items:
+            shape = tuple(items["mean"].shape[1:])
+            tokens = prod(s // p for s, p in zip(shape[1:], self.dit.config.patch_size))
+        else:
+            size = tuple(items["video"].shape[2:])
+            shape, tokens = self.vae.latent_shape(*size), self.num_tokens(size)
+        batch["t"] = self.sample_t(uniform, tokens).to(device)
+        batch["noise"] = counted_noise(seed, "noise", g, shape, device)
+        posterior_noise = counted_noise(seed, "posterior", g, shape, device)
+        return batch | self.latents_of(items, posterior_noise)
+
+    def latents_of(self, items: dict[str, Any], posterior_noise: Tensor) -> Batch:
+        """Latents drawn from cached posteriors, or the video that they are to be made of."""
+        device = self.ranks.device
         if "mean" in items:
             mean, std = (items[key].to(device).float() for key in ("mean", "std"))
-            return {**batch, "latents": torch.addcmul(mean, std, posterior_noise)}
+            return {"latents": torch.addcmul(mean, std, posterior_noise)}
         video = items["video"].to(device, non_blocking=True)
-        return {**batch, "video": video, "posterior_noise": posterior_noise}
+        return {"video": video, "posterior_noise": posterior_noise}
 
     def example_batch(self, batch_size: int, device: str, size: Size) -> Batch:
         latents = torch.zeros(batch_size, *self.vae.latent_shape(*size), device=device)
@@ -286,27 +323,32 @@ class DiTRecipe(Recipe):
         return posterior.mean if noise is None else posterior.sample(noise)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if "sizes" in batch:
+            return packed_losses(self, batch), {}
         if "latents" in batch:
             x_0 = batch["latents"]
         else:
             x_0 = self.encode(batch["video"], batch["posterior_noise"])
         noise, t = batch["noise"], batch["t"]
         x_t = self.objective.add_noise(x_0, noise, t)
-        pred = self.dit(x_t, self.objective.network_t(t), *self.text(batch["ids"]))
+        pred = self.dit(x_t, self.objective.network_t(t), *self.text_states(batch))
         return self.objective.loss(pred, x_0, noise, t).mean(dim=1), {}
 
     def _validation_set(self) -> ValidationSet:
         """This rank's share, made when first asked for."""
         if self._validation is None:
             manifest, device = self.data.validation, self.ranks.device
-            count = min(self.config.logging.num_val_clips, len(manifest.rows))
-            share = range(self.ranks.rank, count, self.ranks.world_size)
+            fitting = rows_of_one_size(manifest, self.config.data)
+            fitting = fitting[: self.config.logging.num_val_clips]
+            count = len(fitting)
+            share = fitting[self.ranks.rank :: self.ranks.world_size]
             rows, video = read_rows(manifest, share, self.config.data)
             pieces = video.split(self._chunk)
             parts = [self.encode(piece.to(device)) for piece in pieces if len(piece)]
             latents = torch.cat([torch.empty(0, *self.latent_shape, device=device), *parts])
             right = [manifest.rows[row].captions[0] for row in rows]
-            wrong = [manifest.rows[(row + count // 2) % count].captions[0] for row in rows]
+            others = dict(zip(fitting, [*fitting[count // 2 :], *fitting[: count // 2]]))
+            wrong = [manifest.rows[others[row]].captions[0] for row in rows]
             ids, shuffled_ids = (self.tokenize(texts).to(device) for texts in (right, wrong))
             self._validation = ValidationSet(rows, latents, ids, shuffled_ids)
         return self._validation

@@ -83,7 +83,7 @@ class VAERecipe(Recipe):
 
     def _check_size(self, size: Size) -> None:
         """Raises ValueError: some network cannot take clips of a size of the training batches."""
-        where = f"bucket {size_name(size)}: " if self.config.data.buckets else ""
+        where = f"bucket {size_name(size)}: " if size != self.config.data.base_size else ""
         try:
             self.vae.latent_shape(*size)
         except ValueError as error:
@@ -175,7 +175,7 @@ class VAERecipe(Recipe):
         return [module for module in self.vae.modules() if isinstance(module, ResidualBlock)]
 
     def dataset(self) -> TrainingClips:
-        return TrainingClips(self.data.train, self.config)
+        return TrainingClips(self.data.train, self.config, self.order)
 
     def make_batch(self, items: dict[str, Any], step: int) -> Batch:
         device = self.ranks.device

@@ -21,17 +21,17 @@ from sample.lora import lora_step
 from sample.model import read_model_file
 from sample.processes import AXES, Ranks, micro_batch_size
 from train import checkpoint
+from train.cache_folder import hash_weights
 from train.checkpoint import TrainState
-from train.clips import describe_buckets
 from train.config import RunConfig, TrainConfig, differing_key
 from train.config_file import dump_config
 from train.config_recipes import VAERecipeConfig
 from train.ema import EMA
-from train.latents import hash_weights
 from train.optim import build_optimizer
 from train.recipe import Recipe, TrainData
 from train.recipe_dit import DiTRecipe
 from train.recipe_vae import VAERecipe
+from train.sizes import left_out
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def open_data(config: RunConfig) -> TrainData:
         validation = read_manifest(config.data.validation)
     for manifest in {id(m): m for m in (train, validation)}.values():
         manifest.warn_of_bad_rows(config.data.max_bad_share)
-    describe_buckets(train, config)  # which finds a bucket without clips
+    left_out(train, config)  # which finds a bucket without clips
     return TrainData(train, validation)
 
 
@@ -67,7 +67,9 @@ def build_recipe(
     kind = VAERecipe if isinstance(config.recipe, VAERecipeConfig) else DiTRecipe
     if on_meta:
         return kind(config, data, ranks, torch.device("meta")).to("meta")
-    return kind(config, data, ranks, torch.device("cpu"))
+    recipe = kind(config, data, ranks, torch.device("cpu"))
+    recipe.order.check(ranks.num_data_ranks, config.train.grad_accum)
+    return recipe
 
 
 def fresh_state(recipe: Recipe, config: TrainConfig) -> TrainState:

@@ -7,6 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 MakeVideo = Callable[..., Path]
 
@@ -92,3 +93,34 @@ def audio_only(tmp_path: Path) -> Path:
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def panning(
+    seed: int, num_frames: int, height: int = 96, width: int = 160, dx: int = 1, dy: int = 0
+) -> np.ndarray:
+    """A coloured texture of its own for each seed, that moves by (dx, dy) pixels a frame."""
+    rng = np.random.default_rng(seed)
+    tall, wide = height + abs(dy) * num_frames, width + abs(dx) * num_frames
+    layers = []
+    for size in (32, 8):
+        cells = rng.uniform(0, 255, (tall // size + 3, wide // size + 3, 3)).astype(np.uint8)
+        full = Image.fromarray(cells).resize(
+            (cells.shape[1] * size, cells.shape[0] * size), Image.Resampling.BICUBIC
+        )
+        layers.append(np.asarray(full, np.float32)[:tall, :wide])
+    whole = (0.6 * layers[0] + 0.4 * layers[1]).astype(np.uint8)
+    tops = [dy * k if dy >= 0 else -dy * (num_frames - 1 - k) for k in range(num_frames)]
+    lefts = [dx * k if dx >= 0 else -dx * (num_frames - 1 - k) for k in range(num_frames)]
+    return np.stack([whole[y : y + height, x : x + width] for y, x in zip(tops, lefts)])
+
+
+@pytest.fixture(scope="session")
+def pan() -> Callable[..., np.ndarray]:
+    """pan(seed, num_frames, height=96, width=160, dx=1, dy=0) -> uint8 (f h w 3)"""
+    return panning
+
+
+@pytest.fixture(scope="session")
+def encode_video() -> Callable[..., Path]:
+    """encode_video(path, video, codec=, pix_fmt=, fps=, pts=, options=) -> path"""
+    return encode

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data.buckets import BucketSequence, bucket_rows, is_image, seconds_of
+from data.buckets import BucketSequence, bucket_rows, image_rows, row_seconds
 from data.dataset import ClipDataset, StepSampler, collate
-from data.manifest import Manifest, Row, read_manifest, write_manifest
+from data.manifest import Manifest, Row, Rows, read_manifest, write_manifest
 from data.randomness import permuted_index
 from data.video import write_video
 
@@ -91,7 +91,7 @@ def test_impossible_shares_are_refused(shares):
 
 def manifest_of(*rows):
     checked = [Row.model_validate({"caption": "x", "path": "a.mp4"} | row) for row in rows]
-    return Manifest(Path("m.jsonl"), checked, list(range(1, len(rows) + 1)))
+    return Manifest(Path("m.jsonl"), Rows(checked), list(range(1, len(rows) + 1)))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def manifest_of(*rows):
     ],
 )
 def test_images_are_known(row, expected):
-    assert is_image(manifest_of(row).rows[0]) is expected
+    assert image_rows(manifest_of(row)).tolist() == [expected]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_images_are_known(row, expected):
     ],
 )
 def test_seconds_by_the_manifest(row, expected):
-    assert seconds_of(manifest_of(row).rows[0]) == expected
+    assert row_seconds(manifest_of(row)).tolist() == [expected]
 
 
 def test_rows_are_left_out_and_said():
@@ -219,7 +219,7 @@ def test_a_step_has_one_size_and_the_next_perhaps_another(manifest):
 def test_every_row_of_a_bucket_is_seen_once_in_each_of_its_epochs(manifest):
     dataset, seen = mixed(manifest), {size: [] for size in SHARES}
     for step in range(4 * 20):
-        size = dataset._sequence.at(step)[0]
+        size = dataset.order.sequence.at(step)[0]
         seen[size] += [dataset[step * BATCH + k]["row"] for k in range(BATCH)]
     for size, rows in ((IMAGE, range(8)), (SHORT, range(5)), (LONG, range(2, 5))):
         n = len(rows)
@@ -264,7 +264,7 @@ def test_a_bucket_of_one_frame_takes_any_frame_of_a_video(manifest):
     shades = {True: set(), False: set()}
     for random_start in shades:
         dataset = mixed(manifest, random_start=random_start)
-        steps = [step for step in range(240) if dataset._sequence.at(step)[0] == IMAGE]
+        steps = [step for step in range(240) if dataset.order.sequence.at(step)[0] == IMAGE]
         samples = [dataset[step * BATCH + k] for step in steps for k in range(BATCH)]
         shades[random_start] = {
             round(float(s["video"].float().mean())) // 4 for s in samples if s["row"] == 4
@@ -295,7 +295,7 @@ def test_a_clip_that_turns_out_too_short_counts_as_bad(tmp_path):
     rows = [{"path": f"{k}.mp4", "caption": "x"} for k in range(2)]
     write_manifest(tmp_path / "m.jsonl", rows)
     dataset = mixed(read_manifest(tmp_path / "m.jsonl"))
-    assert not any(bucket.left_out() for bucket in dataset.buckets), "nothing is measured"
+    assert all(list(rows) == [0, 1] for rows in dataset.order.rows.values()), "nothing is measured"
     found = batches(dataset, 12)
     reasons = {reason for batch in found for _, reason in batch["bad"]}
     assert all("6 frames at 8 fps need more than 0.625 s" in reason for reason in reasons)

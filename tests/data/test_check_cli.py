@@ -1,12 +1,14 @@
 import json
+import os
+import shutil
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from data.cli import app
-from data.manifest import write_manifest
+from data.manifest import read_manifest, write_manifest
 from data.video import write_video
+from train.cli import app
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def folder(tmp_path, counting):
 def check(folder, names, *options):
     path = folder / "m.jsonl"
     write_manifest(path, [{"path": name, "caption": "x"} for name in names])
-    return CliRunner().invoke(app, ["check", str(path), *options])
+    return CliRunner().invoke(app, ["data", "check", str(path), *options])
 
 
 def test_all_kept(folder):
@@ -50,7 +52,7 @@ def test_rows_that_are_bad_count_as_dropped(folder):
     path = folder / "m.jsonl"
     good = {"path": "good.mp4", "caption": "x"}
     path.write_text("\n".join([json.dumps(good), json.dumps({"path": "good.mp4"}), "nonsense"]))
-    result = CliRunner().invoke(app, ["check", str(path), "--workers", "1"])
+    result = CliRunner().invoke(app, ["data", "check", str(path), "--workers", "1"])
     assert result.exit_code == 1
     assert "dropped  line 2: no caption" in result.stdout
     assert "dropped  line 3: not JSON" in result.stdout
@@ -79,7 +81,7 @@ def test_small_clips_are_counted(folder):
         (["--fps", "-1"], "must be positive"),
         (["--height", "0"], "must be positive"),
         (["--workers", "0"], "workers=0"),
-        (["--max-bad-share", "2"], "max_bad_share=2"),
+        (["--max-bad-share", "2"], "--max-bad-share 2.0 must be in"),
     ],
 )
 def test_senseless_options_are_refused(folder, options, message):
@@ -90,7 +92,7 @@ def test_senseless_options_are_refused(folder, options, message):
 
 
 def test_a_missing_manifest_is_refused(tmp_path):
-    result = CliRunner().invoke(app, ["check", str(tmp_path / "no.jsonl")])
+    result = CliRunner().invoke(app, ["data", "check", str(tmp_path / "no.jsonl")])
     assert isinstance(result.exception, FileNotFoundError)
 
 
@@ -107,3 +109,84 @@ def test_images_are_kept_as_single_frames_alone(folder):
     lines = check(folder, names, "--frames", "5", "--workers", "1").stdout.splitlines()
     assert lines[0] == "dropped  line 1: a.png: an image, but 5 frames are wanted"
     assert lines[3] == "1 of 3 clips kept, 2 dropped"
+
+
+def rows_of(folder, rows, *options):
+    path = folder / "m.jsonl"
+    write_manifest(path, rows)
+    return CliRunner().invoke(app, ["data", "check", str(path), "--workers", "1", *options])
+
+
+def test_reasons_are_counted_with_those_of_the_manifest_itself(folder):
+    good = {"path": "good.mp4", "caption": "x"}
+    dropped = {"keep": False, "drop_reasons": ["blur 3.1 is under 10"]}
+    rows = [good, good | dropped, good | dropped | {"drop_reasons": ["blur 4.2 is under 10"]}]
+    result = rows_of(folder, [*rows, good | {"path": "gone.mp4"}, good | {"path": "lost.mp4"}])
+    assert result.exit_code == 1
+    assert "dropped  line 2: good.mp4: blur 3.1 is under 10" in result.stdout
+    assert "  2 dropped: blur # is under #" in result.stdout
+    assert "  2 dropped: no such file" in result.stdout
+
+
+def test_what_may_surprise_is_said(folder):
+    shutil.copy(folder / "good.mp4", folder / "copy.mp4")
+    rows = [
+        {"path": "good.mp4", "caption": "a " * 100, "fps": 25, "duration": 9, "num_frames": 9},
+        {"path": "copy.mp4", "caption": ["short", "b " * 80], "width": 32, "height": 31},
+        {"path": "good.mp4", "caption": "x", "start": 0.5},
+    ]
+    result = rows_of(folder, rows, "--frames", "2", "--fps", "16")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[4:] == [
+        "fewer frames per second than the 16 asked for, so that training sees frames twice: 3 of the "
+        "kept ones (lines 1, 2, 3)",
+        "fps in the manifest is not that of the file: 1 of the kept ones (line 1)",
+        "duration in the manifest is not that of the file: 1 of the kept ones (line 1)",
+        "height in the manifest is not that of the file: 1 of the kept ones (line 2)",
+        "the same piece of the same file, or of a copy of it, as a row before: 1 of the kept ones (line 2)",
+        "captions longer than the text encoder's 77 tokens: 2 of the kept ones (lines 1, 2); 30 of all "
+        "190 tokens are lost",
+    ]
+
+
+def test_the_kept_rows_can_be_written_with_what_was_measured(folder):
+    rows = [
+        {"path": "good.mp4", "caption": "x", "start": 0.5, "tag": "mine"},
+        {"path": "cut.mp4", "caption": "x"},
+    ]
+    target = folder / "kept.jsonl"
+    result = rows_of(folder, rows, "--write", str(target))
+    assert result.exit_code == 1
+    (row,) = read_manifest(target).rows
+    found = {
+        "num_frames": 5,
+        "height": 32,
+        "width": 32,
+        "fps": 8.0,
+        "duration": 1.125,
+        "tag": "mine",
+    }
+    assert row.model_extra == found
+    assert row.start == 0.5
+    assert rows_of(folder, rows[:1], "--write", str(folder / "no" / "x.jsonl")).exit_code == 1
+
+
+def test_a_file_that_hangs_is_given_up(folder):
+    os.mkfifo(folder / "pipe.mp4")  # whoever opens it waits for ever
+    rows = [{"path": "pipe.mp4", "caption": "x"}, {"path": "good.mp4", "caption": "x"}]
+    result = rows_of(folder, rows, "--file-seconds", "2")
+    lines = result.stdout.splitlines()
+    assert lines[0] == "dropped  line 1: pipe.mp4: it took longer than 2 s"
+    assert lines[1].startswith("kept     line 2: good.mp4")
+
+
+def test_nothing_usable_ends_with_1(folder):
+    result = rows_of(folder, [{"path": "cut.mp4", "caption": "x"}], "--max-bad-share", "1")
+    assert (result.exit_code, result.stdout.splitlines()[1]) == (1, "0 of 1 clips kept, 1 dropped")
+
+
+def test_crops_must_lie_inside_the_picture(folder):
+    row = {"path": "good.mp4", "caption": "x"}
+    result = rows_of(folder, [row | {"crop": [0, 0, 32, 32]}, row | {"crop": [4, 0, 32, 16]}])
+    assert "dropped  line 2: good.mp4: crop 4,0 32x16 lies outside its 32x32" in result.stdout

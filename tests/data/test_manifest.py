@@ -1,6 +1,7 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -215,3 +216,57 @@ def test_what_parquet_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected one of"):
         write_manifest(tmp_path / "m.json", [GOOD])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_rows_that_say_so_are_left_out_on_purpose(tmp_path, suffix):
+    path = tmp_path / f"m.{suffix}"
+    rows = [
+        GOOD | {"keep": True, "drop_reasons": []},
+        GOOD | {"path": "b.mp4", "keep": False, "drop_reasons": ["too dark", "no caption"]},
+        {"path": "c.mp4", "caption": None, "keep": False, "drop_reasons": []},
+    ]
+    write_manifest(path, rows)
+    manifest = read_manifest(path)
+    assert [row.path for row in manifest.rows] == ["a.mp4"]
+    assert manifest.bad == []
+    assert [why for _, why in manifest.dropped] == [
+        "b.mp4: too dark; no caption",
+        "c.mp4: no reason given",
+    ]
+    jsonl(tmp_path / "none.jsonl", rows[1])
+    with pytest.raises(ValueError, match=r"none of its 1 rows can be used; 1 say keep: false"):
+        read_manifest(tmp_path / "none.jsonl")
+    mistaken = read_manifest(jsonl(tmp_path / "n.jsonl", GOOD, GOOD | {"keep": "no"}))
+    assert mistaken.bad == [(2, "keep: expected true or false, got 'no'")]
+
+
+def test_crops_are_four_numbers(tmp_path):
+    rows = [GOOD | {"crop": [0, 12, 64, 36]}, GOOD | {"crop": [0, 0, 0, 5]}, GOOD | {"crop": "all"}]
+    manifest = read_manifest(jsonl(tmp_path / "m.jsonl", *rows))
+    assert [row.crop for row in manifest.rows] == [(0, 12, 64, 36)]
+    reasons = [why for _, why in manifest.bad]
+    assert all(why.startswith("crop: expected [x, y, width, height] in pixels") for why in reasons)
+
+
+def test_columns_and_slices(tmp_path):
+    rows = [GOOD | {"width": 64, "start": 1}, {"path": "b.PNG", "caption": "b", "width": "wide"}]
+    manifest = read_manifest(jsonl(tmp_path / "m.jsonl", *rows, GOOD | {"width": True}))
+    assert np.array_equal(manifest.column("width"), [64, np.nan, np.nan], equal_nan=True)
+    assert np.array_equal(manifest.column("start"), [1, np.nan, np.nan], equal_nan=True)
+    assert manifest.images.tolist() == [False, True, False]
+    part = manifest.rows[1:]
+    assert [row.path for row in part] == ["b.PNG", "a.mp4"]
+    assert part.column("width").shape == (2,)
+    assert manifest.rows[-1].path == "a.mp4"
+    with pytest.raises(IndexError):
+        manifest.rows[3]
+
+
+def test_names_that_are_no_text(tmp_path):
+    name = b"caf\xe9.mp4".decode("utf-8", "surrogateescape")
+    lines = [GOOD | {"note": name, "none": None}, GOOD | {"path": name}]
+    manifest = read_manifest(jsonl(tmp_path / "m.jsonl", *lines))
+    (row,) = manifest.rows
+    assert row.model_extra == {"note": name}
+    assert manifest.bad == [(2, r"path: not Unicode text, got 'caf\udce9.mp4'; rename the file")]

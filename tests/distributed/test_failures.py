@@ -60,14 +60,14 @@ OTHER_SEED = """
 cli.main(["train", sys.argv[1], *(["seed=3"] if odd else [])])
 """
 OTHER_ROWS = """
+from dataclasses import replace
 import train.loop
-from train.recipe import TrainData
 opened = train.loop.open_data
 
 def other(config):
     data = opened(config)
     if odd:
-        del data.train.rows[-1]
+        data = replace(data, train=replace(data.train, rows=data.train.rows[:-1]))
     return data
 
 train.loop.open_data = other

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.manifest import read_manifest, write_manifest
 from train.logs import read_log
 
 ADAM = {"kind": "adamw", "lr": 2e-3}
@@ -49,6 +50,8 @@ LAYOUTS = {
         ),
         "compiled": ("dit", {"compile": True, "parallel": {"shard": 2}}),
         "muon": ("dit", {"optimizer": {"kind": "muon", "lr": 2e-3}, "parallel": {"shard": 2}}),
+        "native": ("dit", {}),
+        "packed": ("dit", {"parallel": {"shard": 2}}),
     },
     4: {
         "hsdp": ("dit", {"parallel": {"shard": 2}}),
@@ -65,6 +68,27 @@ LAYOUTS = {
     },
 }
 CASES = [(world_size, name) for world_size, layouts in LAYOUTS.items() for name in layouts]
+
+
+# Of the clips' own sizes: those that are cut short have one frame, and others.
+NATIVE = {"num_frames": [1, 5], "aspects": ["3/2"], "multiple": 8, "batch_multiple": 2}
+DATA = {"native": {"native": NATIVE}, "packed": {"native": NATIVE, "packing": {"tokens": 20}}}
+
+
+def write_mixed(room):
+    """The manifest of the room's clips, some of them cut short, and some cropped."""
+    path = room.folder / "train" / "mixed.jsonl"
+    rows = [
+        row.model_dump(exclude_none=True)
+        for row in read_manifest(path.with_name("manifest.jsonl")).rows
+    ]
+    for number, row in enumerate(rows):
+        if number % 3 == 1:
+            row["end"] = 0.4
+        if number % 4 == 2:
+            row["crop"] = [0, 4, 12, 8]
+    write_manifest(path, rows)
+    return path
 
 
 def changes(kind, train, latents=None):
@@ -85,13 +109,16 @@ def straight(room, tmp_path_factory):
     """The folder of a run in one process, by what else changes the training."""
     made = {}
 
-    def run(kind, train, cached=False):
+    def run(kind, train, cached=False, sizes=None):
         kept = {key: train[key] for key in ("optimizer", "dtype", "batch_size") if key in train}
-        key = (kind, cached, *kept)
+        key = (kind, cached, sizes, *kept)
         if key not in made:
             folder = tmp_path_factory.mktemp("straight")
             latents = folder / "latents" if cached else None
-            made[key] = room.train(folder / "run", kind, **changes(kind, kept, latents))
+            values = changes(kind, kept, latents)
+            if sizes is not None:
+                values["data"] = {"manifest": str(write_mixed(room)), **DATA[sizes]}
+            made[key] = room.train(folder / "run", kind, **values)
         return made[key]
 
     return run
@@ -109,6 +136,8 @@ def spread(room, several, tmp_path_factory):
             for layout, (kind, train) in LAYOUTS[world_size].items():
                 latents = folder / "latents" if "cached" in layout else None
                 values = changes(kind, train, latents)
+                if layout in DATA:
+                    values["data"] = {"manifest": str(write_mixed(room)), **DATA[layout]}
                 configs.append(room.write(folder / f"{world_size} {layout}", kind, **values))
             ended[world_size] = None, "it did not end"
             ended[world_size] = several([("train", c) for c in configs], world_size)
@@ -122,7 +151,8 @@ def spread(room, several, tmp_path_factory):
 @pytest.mark.parametrize(("world_size", "name"), CASES)
 def test_trains_as_one_process_does(straight, spread, world_size, name):
     kind, train = LAYOUTS[world_size][name]
-    out, one = spread(world_size, name), straight(kind, train, "cached" in name)
+    sizes = name if name in DATA else None
+    out, one = spread(world_size, name), straight(kind, train, "cached" in name, sizes)
     rows, expected = (read_log(folder / "log.jsonl") for folder in (out, one))
     assert len(rows) == len(expected) == 20
     adversary = ["grad_norm_discriminator"] if kind == "gan" else []

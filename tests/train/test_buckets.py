@@ -13,10 +13,12 @@ from PIL import Image
 
 from data.manifest import read_manifest, write_manifest
 from data.video import write_video
+from data.dataset import ClipRequest
 from sample.processes import Ranks
-from train.clips import TrainingClips, describe_buckets, make_loader, rows_of_one_size
+from train.clips import TrainingClips, make_loader, rows_of_one_size
 from train.config import RunConfig, differing_key
 from train.config_file import ConfigError, dump_config, load_config
+from train.sizes import describe_sizes, expected_counts, sample_order
 
 IMAGE = {"num_frames": 1, "height": 24, "width": 32}
 VIDEO = {"num_frames": 5, "height": 16, "width": 16, "share": 3.0}
@@ -49,8 +51,20 @@ def config(folder, room, tmp_path):
     return make
 
 
+def num_tokens(size):
+    """Latents of the tests' VAE."""
+    num_frames, height, width = size
+    return (1 + (num_frames - 1) // 4) * (height // 4) * (width // 4)
+
+
 def clips(config):
-    return TrainingClips(read_manifest(config.data.manifest), config)
+    manifest = read_manifest(config.data.manifest)
+    return TrainingClips(manifest, config, sample_order(manifest, config, num_tokens))
+
+
+def loader(config, ranks, start_step=0):
+    dataset = clips(config)
+    return make_loader(dataset, config, ranks, start_step, order=dataset.order)
 
 
 def ranks(rank=0, world_size=1):
@@ -119,7 +133,7 @@ def test_buckets_are_read_and_written(room, tmp_path):
 
 def test_a_loader_gives_each_step_its_size(config):
     run = config()
-    found = list(itertools.islice(make_loader(clips(run), run, ranks(), 0), 16))
+    found = list(itertools.islice(loader(run, ranks()), 16))
     shapes = [tuple(batch["video"].shape) for batch in found]
     assert set(shapes) == {(4, 3, *size) for size in SIZES}
     assert shapes.count((4, 3, 5, 16, 16)) == 12
@@ -134,9 +148,11 @@ def test_an_error_does_not_leave_a_process_waiting_for_its_workers(config, tmp_p
         "from data.manifest import read_manifest\n"
         "from train.clips import TrainingClips, make_loader\n"
         "from train.config_file import load_config\n"
+        "from train.sizes import sample_order\n"
         "from sample.processes import Ranks\n"
         "run = load_config(sys.argv[1])\n"
-        "clips = TrainingClips(read_manifest(run.data.manifest), run)\n"
+        "manifest = read_manifest(run.data.manifest)\n"
+        "clips = TrainingClips(manifest, run, sample_order(manifest, run, None))\n"
         "loader = iter(make_loader(clips, run, Ranks(0, 1, torch.device('cpu'), None), 0))\n"
         "next(loader)\n"
         "raise RuntimeError('out of memory')\n"
@@ -149,8 +165,8 @@ def test_an_error_does_not_leave_a_process_waiting_for_its_workers(config, tmp_p
 
 def test_ranks_and_resumed_loaders_see_the_same_steps(config):
     run = config(num_workers=1)
-    whole = list(itertools.islice(make_loader(clips(run), run, ranks(), 0), 6))
-    pair = [make_loader(clips(run), run, ranks(rank, 2), 2) for rank in range(2)]
+    whole = list(itertools.islice(loader(run, ranks()), 6))
+    pair = [loader(run, ranks(rank, 2), 2) for rank in range(2)]
     for batch, *parts in zip(whole[2:], *pair):
         assert torch.equal(torch.cat([part["video"] for part in parts]), batch["video"])
         assert [g for part in parts for g in part["g"]] == batch["g"]
@@ -159,8 +175,8 @@ def test_ranks_and_resumed_loaders_see_the_same_steps(config):
 def test_rows_left_out_are_said_once_by_the_main_rank(config, caplog):
     run = config()
     with caplog.at_level(logging.WARNING):
-        make_loader(clips(run), run, ranks(0, 2), 0)
-        make_loader(clips(run), run, ranks(1, 2), 0)
+        loader(run, ranks(0, 2))
+        loader(run, ranks(1, 2))
     expected = "bucket 5x16x16: 2 of 8 rows are too short, 2 are images"
     assert [record.getMessage() for record in caplog.records] == [expected]
 
@@ -184,27 +200,34 @@ def test_rows_of_the_one_size(config, folder):
         rows_of_one_size(manifest, config(num_frames=99).data)
 
 
+def describe(manifest, run):
+    order = sample_order(manifest, run, num_tokens)
+    lines = describe_sizes(manifest, run, order, num_tokens)
+    return [" ".join(line.split()) for line in lines]
+
+
 def test_buckets_are_described_for_a_dry_run(config):
     run = config()
     manifest = read_manifest(run.data.manifest)
-    lines = describe_buckets(manifest, run)
-    assert [" ".join(line.split()) for line in lines] == [
-        "bucket 1x24x32 25.0% (of steps; 8 rows, 1.5 epochs)",
-        "bucket 5x16x16 75.0% (of steps; 4 rows, 9.0 epochs; 2 of 8 rows are too short, "
-        "2 are images)",
+    assert describe(manifest, run) == [
+        "bucket 1x24x32 25.0% (of steps; 4 clips, 192 tokens; 8 rows, 1.5 epochs)",
+        "bucket 5x16x16 75.0% (of steps; 4 clips, 128 tokens; 4 rows, 9.0 epochs)",
+        "cut off not known (of pictures)",
+        "cut off 28.9% (of videos' seconds, outside one clip)",
+        "left out bucket 5x16x16: 2 of 8 rows are too short, 2 are images",
     ]
-    assert describe_buckets(manifest, config(buckets=None)) == []
+    assert describe(manifest, config(buckets=None)) == []
 
 
 def test_memory_is_kept_by_size_and_bounded_in_bytes(config, monkeypatch):
     read = []
-    inner = TrainingClips.__mro__[1]._read  # type: ignore[attr-defined]
+    inner = ClipRequest.read
 
-    def spy(self, row, size, position):
-        read.append((row.path, size))
-        return inner(self, row, size, position)
+    def spy(self):
+        read.append((self.path, self.size))
+        return inner(self)
 
-    monkeypatch.setattr(TrainingClips.__mro__[1], "_read", spy)
+    monkeypatch.setattr(ClipRequest, "read", spy)
     run = config(random_start=False)
     dataset, fresh = clips(run), clips(run)
     for g in range(200):

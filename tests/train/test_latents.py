@@ -12,9 +12,10 @@ from data.dataset import ClipDataset
 from data.manifest import read_manifest
 from sample.model import load_model
 from sample.processes import Ranks
-from train import latents
+from train import latent_cache
 from train.config_data import DataConfig
-from train.latents import CachedLatents, LatentCache
+from train.latent_cache import LatentCache, read_posterior
+from train.latents import CachedLatents
 from train.logs import read_log
 
 RANKS = Ranks(0, 1, torch.device("cpu"), None)
@@ -44,9 +45,18 @@ def make(data, vae, folder, dtype="float32"):
     return cache
 
 
-def test_same_order_captions_and_posteriors_as_the_clips(data, vae, tmp_path, monkeypatch):
-    monkeypatch.setattr(latents, "SHARD_ROWS", 5)
-    cached = CachedLatents(make(data, vae, tmp_path / "cache"), seed=3, max_bad_share=0.0)
+def dataset(cache, max_bad_share=0.0, **options):
+    """Of the samples that the clips themselves would give."""
+    size = {"num_frames": 5, "height": 16, "width": 16, "fps": 8.0}
+    live = ClipDataset(cache.manifest, **size, seed=3, random_start=False)
+    return CachedLatents(cache, live, max_bad_share, **options)
+
+
+@pytest.mark.parametrize("memory", [0.0, 1e9])
+def test_same_order_captions_and_posteriors_as_the_clips(data, vae, tmp_path, monkeypatch, memory):
+    monkeypatch.setattr(latent_cache, "SHARD_ROWS", 5)
+    cached = dataset(make(data, vae, tmp_path / "cache"), memory=memory)
+    assert cached.request(0).is_here == bool(memory)
     assert len(list((tmp_path / "cache").glob("shard-*.safetensors"))) == 3
     manifest = read_manifest(data.manifest)
     live = ClipDataset(manifest, num_frames=5, height=16, width=16, fps=8.0, seed=3)
@@ -71,7 +81,7 @@ def test_cached_training_equals_uncached(room, tmp_path):
 
 
 def test_interrupted_build_goes_on(data, vae, tmp_path, monkeypatch):
-    monkeypatch.setattr(latents, "SHARD_ROWS", 5)
+    monkeypatch.setattr(latent_cache, "SHARD_ROWS", 5)
     cache = make(data, vae, tmp_path / "cache")
     before = cache.shard(0).stat().st_mtime_ns
     content = cache.shard(1).read_bytes()
@@ -97,7 +107,10 @@ def test_mismatch_names_the_part(data, vae, clips, tmp_path):
     rows = [json.loads(line) for line in (clips / "manifest.jsonl").read_text().splitlines()]
     rows[3]["caption"] = "something else"
     (clips / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="another manifest"):
+    make(data, vae, folder)  # captions are no part of the latents
+    rows[3]["end"] = 0.9
+    (clips / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="another list of clips"):
         make(data, vae, folder)
 
 
@@ -132,9 +145,16 @@ def test_unreadable_clips_are_left_out_and_counted(data, vae, clips, tmp_path):
     cache = make(data, vae, tmp_path / "cache")
     assert list(cache.bad()) == [2]
     assert "000002.mp4" in cache.bad()[2]
-    assert len(CachedLatents(cache, 0, max_bad_share=0.1)) == 11
+    cached = dataset(cache, max_bad_share=0.1)
+    live = ClipDataset(
+        cache.manifest, num_frames=5, height=16, width=16, fps=8.0, seed=3, random_start=False
+    )
+    for g in range(24):  # the same substitute, and the same clip named as bad
+        item, sample = cached[g], live[g]
+        assert (item["row"], item["caption"]) == (sample["row"], sample["caption"])
+        assert [name for name, _ in item["bad"]] == [name for name, _ in sample["bad"]]
     with pytest.raises(ValueError, match=r"1 of 12 clips cannot be read, a share of 0\.083"):
-        CachedLatents(cache, 0, max_bad_share=0.05)
+        dataset(cache, max_bad_share=0.05)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "fewer", "no rows", "index", "empty index"])
@@ -156,4 +176,18 @@ def test_damaged_cache_is_named(data, vae, tmp_path, damage):
         case "empty index":
             index.write_text("")
     with pytest.raises(ValueError, match="is damaged; delete"):
-        CachedLatents(make(data, vae, tmp_path / "cache"), seed=3, max_bad_share=0.0)
+        dataset(make(data, vae, tmp_path / "cache"))
+
+
+def test_flipped_bit_is_noticed_when_it_is_read(data, vae, tmp_path):
+    cache = make(data, vae, tmp_path / "cache")
+    path = cache.shard(0)
+    whole = path.read_bytes()
+    assert read_posterior(path, 0).shape == (2, *vae.latent_shape(5, 16, 16))
+    path.unlink()  # another file, as the old one is still mapped
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    latent_cache.open_shard.cache_clear()
+    cached = dataset(cache)
+    with pytest.raises(ValueError, match=r"shard-00000\.safetensors is damaged; delete"):
+        for g in range(12):
+            cached[g]

@@ -44,8 +44,8 @@ def test_a_row_compares_the_ranks(monkeypatch):
     monkeypatch.setattr(performance, "peak_memory_gb", lambda device: 2.0)
     costs = Costs({SIZE: 100}, {SIZE: 6e12}, peak_tflops=10.0)
     meter = Meter(Three([(0.5, 3.0), (0.1, 1.0)]), costs, meets=False)
-    meter.add(SIZE, samples=6, busy=1.0, wait=0.2)
-    meter.add(SIZE, samples=6, busy=3.0, wait=0.4)
+    meter.add({SIZE: 6}, busy=1.0, wait=0.2)
+    meter.add({SIZE: 6}, busy=3.0, wait=0.4)
     meter.add_checkpoint(0.25)
     row = meter.take(write_seconds=1.5)
     assert row["samples_per_second_per_process"] == 1.0  # 12 in 4 s by 3
@@ -62,7 +62,7 @@ def test_a_row_compares_the_ranks(monkeypatch):
     assert "100 tokens/s per process  MFU 60.0% of 10 TFLOP/s  data wait 15%  memory 3 GB" in line
     assert "checkpoint 0.25 s (written in 1.5 s)  own work 0.1 s (rank 2) to 0.5 s (rank 1)" in line
 
-    meter.add(SIZE, samples=3, busy=1.0, wait=0.9)
+    meter.add({SIZE: 3}, busy=1.0, wait=0.9)
     again = meter.take(0.0)
     assert again["samples_per_second_per_process"] == 1.0
     assert again["checkpoint_seconds"] == 0
@@ -94,7 +94,7 @@ def test_own_work_ends_before_others_are_waited_for(monkeypatch):
         loss = Slow.apply(x).sum()
         meter.end_with(loss)
         loss.backward()
-        meter.add(SIZE, 1, busy=60.0, wait=0.5)
+        meter.add({SIZE: 1}, busy=60.0, wait=0.5)
         assert meter.take(0.0)["slowest_rank_seconds"] == own + 0.5
 
 

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.manifest import Manifest
+from data.manifest import Manifest, Rows
 from dit.layers import Attention
 from sample.processes import Ranks
 from train.config_file import load_config
@@ -39,7 +39,7 @@ def config_of(room, folder, kind, **changes):
 
 def on_cpu(config):
     """The recipe with its weights."""
-    clips = Manifest(config.data.manifest, [], [])
+    clips = Manifest(config.data.manifest, Rows(), [])
     ranks = Ranks(0, 1, torch.device("cpu"), None)
     return build_recipe(config, TrainData(clips, clips), ranks)
 

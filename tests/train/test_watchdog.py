@@ -12,6 +12,7 @@ from torch.distributed import HashStore
 
 from sample.processes import Ranks
 from train import clips, watchdog
+from train.config_file import load_config
 from train.stopping import EXIT_REQUEUE, PREEMPTIONS, catch_signals
 from train.watchdog import Report, Watchdog, beat, describe_stall
 
@@ -135,7 +136,7 @@ def test_long_phases_beat_as_they_get_on(room, tmp_path, monkeypatch, kind):
             beats["now"] = phase
         beats[beats["now"]] = beats.get(beats["now"], 0) + 1
 
-    for module in ("clips", "latents", "loop", "recipe_dit", "recipe_vae"):
+    for module in ("clips", "latent_cache", "loop", "recipe_dit", "recipe_vae"):
         monkeypatch.setattr(f"train.{module}.beat", count)
     cached = {"latent_cache": str(tmp_path / "latents"), "cache_dtype": "float32"}
     room.train(
@@ -178,14 +179,10 @@ def test_the_first_signal_takes_note_and_a_second_ctrl_c_acts():
     assert EXIT_REQUEUE == os.EX_TEMPFAIL
 
 
-def test_loader_processes_leave_signals_to_the_training():
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, *PREEMPTIONS)}
-    try:
-        clips._ignore_signals(0)
-        assert {signal.getsignal(n) for n in before} == {signal.SIG_IGN}
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def test_loader_processes_leave_signals_to_the_training(room, tmp_path):
+    run = load_config(room.write(tmp_path / "run", "vae", data={"num_workers": 1}))
+    loader = clips.make_loader(None, run, Ranks(1, 2, torch.device("cpu"), None), 0)
+    assert {signal.SIGINT, *loader.signals} == {signal.SIGINT, *PREEMPTIONS}
 
 
 def test_watching_ends_with_its_block(tmp_path):

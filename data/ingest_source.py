@@ -1,0 +1,256 @@
+"""What there is to ingest: the media files of a folder, a bucket or a manifest, and what else lies
+beside them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.images import IMAGE_SUFFIXES
+from data.manifest_formats import read_records
+
+_VIDEO_SUFFIXES = (
+    ".3gp .asf .avi .divx .f4v .flv .gif .m2ts .m2v .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogm .ogv "
+    ".rm .rmvb .ts .vob .webm .wmv .y4m"
+)
+VIDEO_SUFFIXES = tuple(_VIDEO_SUFFIXES.split())
+SIDECAR_SUFFIXES = (".txt", ".json", ".srt")
+MANIFEST_SUFFIXES = (".jsonl", ".csv", ".parquet")
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Source:
+    """What was found.
+
+    Attributes:
+        files: a record per media file, or per row of a manifest: `path`, which opens it from
+            anywhere; `version`, which changes when the file does; `sidecars`, as [path, version]
+            each; of a manifest also `column`, its caption, `row`, its other columns, `start` and `end`.
+        skipped: (path, why) of everything else, by which nothing is lost silently.
+    """
+
+    files: list[Record] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def skipped_suffixes(self) -> Counter[str]:
+        """How many files were skipped, by their endings."""
+        return Counter(_suffix(path) or "(none)" for path, _ in self.skipped)
+
+
+def find_source(src: str, out: Path) -> Source:
+    """Everything under `src`.
+
+    Args:
+        src: a folder, a media file, a .jsonl, .csv or .parquet manifest with a column `path`, or
+            the URL of a folder that fsspec can list.
+        out: where the results go; it is left out when it lies inside `src`.
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: there is nothing in it to ingest.
+    """
+    if "://" in src:
+        source = _from_listing(_listed(src), str(src))
+    elif os.path.isdir(src):
+        source = _from_folder(os.path.abspath(src), out)
+    elif not os.path.exists(src):
+        raise FileNotFoundError(f"nothing at {src}: expected a folder, a media file or a manifest")
+    elif src.lower().endswith(MANIFEST_SUFFIXES):
+        source = _from_manifest(Path(src))
+    else:
+        source = _from_folder(os.path.dirname(os.path.abspath(src)), out, only=src)
+    if not source.files:
+        counts = ", ".join(f"{n} {suffix}" for suffix, n in source.skipped_suffixes.most_common(8))
+        found = f"skipped {len(source.skipped)}: {counts}" if source.skipped else "it is empty"
+        raise ValueError(f"no video or image in {src}; {found}")
+    return source
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path.split("?")[0] if "://" in path else path)[1].lower()
+
+
+def _is_media(path: str) -> bool:
+    return _suffix(path) in VIDEO_SUFFIXES + IMAGE_SUFFIXES
+
+
+def _from_folder(root: str, out: Path, only: str | None = None) -> Source:
+    """All of a folder; with `only`, that file of it and its sidecars, whatever its suffix."""
+    source = Source()
+    wanted = None
+    if only is None:
+        found = list(_walk(root, str(out.resolve()), source.skipped))
+    else:
+        wanted = os.path.abspath(only)
+        stem = os.path.splitext(wanted)[0]
+        names = (base + suffix for base in (stem, wanted) for suffix in SIDECAR_SUFFIXES)
+        found = [(path, _version(path)) for path in (wanted, *names) if os.path.isfile(path)]
+    media = [(p, v) for p, v in found if p == wanted or _is_media(p)]
+    _pair(source, media, dict(found))
+    return source
+
+
+def _walk(root: str, out: str, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """(path, version) of each file, folders and files by name; links are followed once."""
+    status = os.stat(root)
+    seen = {(status.st_dev, status.st_ino): root}
+    stack = [root]
+    while stack:
+        folder = stack.pop()
+        try:
+            names = sorted(os.listdir(folder))
+        except OSError as error:
+            skipped.append((folder, f"a folder that cannot be listed: {error.strerror}"))
+            continue
+        folders = []
+        for name in names:
+            path = os.path.join(folder, name)
+            reason, is_folder = _look_at(path, name, out, seen)
+            if reason:
+                skipped.append((_printable(path), reason))
+            elif is_folder:
+                folders.append(path)
+            else:
+                yield path, _version(path)
+        stack += reversed(folders)
+
+
+def _look_at(path: str, name: str, out: str, seen: dict[tuple[int, int], str]) -> tuple[str, bool]:
+    """(why it is skipped or "", whether it is a folder)."""
+    if name.startswith("."):
+        return "hidden", False
+    if _printable(path) != path:
+        return "its name is not valid UTF-8: rename it", False
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        broken = os.path.islink(path)
+        return "a broken link" if broken else f"not readable: {error.strerror}", False
+    is_folder = stat.S_ISDIR(status.st_mode)
+    if not is_folder and not stat.S_ISREG(status.st_mode):
+        return "not a regular file", False
+    if is_folder and os.path.realpath(path) == out:
+        return "the folder of the results", False
+    here = (status.st_dev, status.st_ino)
+    if here in seen:  # a symbolic or hard link, or a loop of them
+        return f"the same as {seen[here]}, by a link", False
+    seen[here] = path
+    return "", is_folder
+
+
+def _printable(path: str) -> str:
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def _version(path: str) -> str:
+    try:
+        # A piece of a tar shard is of the same version as the shard.
+        status = os.stat(path if os.path.exists(path) else path.rpartition("#")[0])
+    except OSError:
+        return ""
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def _listed(url: str) -> Iterator[tuple[str, str]]:
+    """(URL, version) of everything under a URL."""
+    from data.media_store import list_media
+
+    for path, size in list_media(url):
+        yield path, str(size)
+
+
+def _from_listing(found: Iterable[tuple[str, str]], root: str) -> Source:
+    source = Source()
+    visible = {}
+    for path, version in found:
+        inside = path[len(root) :] if path.startswith(root) else path
+        if any(part.startswith(".") for part in inside.split("/")):
+            source.skipped.append((path, "hidden"))
+        else:
+            visible[path] = version
+    _pair(source, [(path, v) for path, v in visible.items() if _is_media(path)], visible)
+    return source
+
+
+def _pair(source: Source, media: list[tuple[str, str]], found: dict[str, str]) -> None:
+    """Gives each media file its sidecars; what is left over is skipped."""
+    used = {path for path, _ in media}
+    for path, version in media:
+        sidecars = []
+        for suffix in SIDECAR_SUFFIXES:
+            for name in (os.path.splitext(path)[0] + suffix, path + suffix):
+                if name in found and name not in used | {s for s, _ in sidecars}:
+                    sidecars.append([name, found[name]])
+        source.files.append({"path": path, "version": version, "sidecars": sidecars})
+    used |= {name for record in source.files for name, _ in record["sidecars"]}
+    for path in found:
+        if path not in used:
+            lonely = _suffix(path) in SIDECAR_SUFFIXES
+            reason = "a sidecar without its media file" if lonely else "neither video nor image"
+            source.skipped.append((path, reason))
+
+
+def _from_manifest(path: Path) -> Source:
+    """A record per row; a row that cannot be used is skipped, and named by its line."""
+    source = Source()
+    for line, found in read_records(path, str(path)):
+        where = f"{path}, line {line}"
+        row = _as_row(found)
+        if isinstance(row, str):
+            source.skipped.append((where, row))
+            continue
+        name = row.pop("path")
+        place = name if "://" in name else os.path.abspath(path.parent / name)
+        record: Record = {"path": place, "version": _version(place), "sidecars": []}
+        for key in ("start", "end"):
+            if row.get(key) is not None:
+                record[key] = float(row.pop(key))
+        if "://" not in place:
+            record["sidecars"] = _beside(place)
+        if "caption" in row:
+            record["column"] = row.pop("caption")
+        source.files.append(record | {"row": row})
+    return source
+
+
+def _beside(place: str) -> list[list[str]]:
+    stem = os.path.splitext(place)[0]
+    names = (base + suffix for suffix in SIDECAR_SUFFIXES for base in (stem, place))
+    return [[name, _version(name)] for name in names if os.path.isfile(name) and name != place]
+
+
+def _as_row(found: Any) -> Record | str:
+    """A manifest's row without its missing values, or what is wrong with it."""
+    import json
+    import math
+
+    if isinstance(found, bytes):
+        try:
+            found = json.loads(found.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
+            return "not JSON"
+    if isinstance(found, str):
+        return found
+    if not isinstance(found, dict):
+        return f"expected a JSON object, got {type(found).__name__}"
+    row = {
+        key: value
+        for key, value in found.items()
+        if value is not None and not (isinstance(value, float) and math.isnan(value))
+    }
+    if not isinstance(row.get("path"), str) or not row["path"]:
+        return "no path"
+    for key in ("start", "end"):
+        value = row.get(key, 0.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
+            return f"{key}: expected seconds, got {value!r}"
+    if "end" in row and row["end"] <= row.get("start", 0.0):
+        return f"end={row['end']} is not after start={row.get('start', 0.0)}"
+    return row

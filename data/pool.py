@@ -1,0 +1,342 @@
+"""Tasks in processes that may hang, crash or grow, with every task accounted for.
+
+Media files reach decoders written in C, which on a damaged file may never return, or take their
+process with them. Each worker here has one task at a time and a pipe of its own, so that whichever
+worker is lost, it is known which task was to blame, and no other task is touched.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+from data.workers import interrupts_deferred
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# Told to a function that takes one: what it is at, which then counts as begun just now.
+Note = Callable[[Any], None]
+
+_TRIES = 2  # of a task whose process dies: the first death may have been for want of memory
+_START_SECONDS = 300.0  # for a worker's imports, on a busy machine or a slow file system
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What came of a task whose process died or took too long.
+
+    Attributes:
+        reason: in one line.
+        at: what the task last noted that it was at; None if it noted nothing.
+    """
+
+    reason: str
+    at: Any = None
+
+
+_pools: weakref.WeakSet[TaskPool] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Ends what an error left behind. Python sends its daemons a SIGTERM and waits for them, for ever
+    where they ignore it."""
+    for pool in list(_pools):
+        pool._over = True
+        for worker in list(pool._running):
+            worker.process.kill()
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    born: float
+    ready: bool = False
+    key: Any = None  # of the task at work
+    task: Any = None
+    busy: bool = False
+    since: float = 0.0
+    at: Any = None
+    tries: int = 0
+
+
+@dataclass(eq=False)
+class TaskPool:
+    """Workers that are given tasks, and outcomes as they come; used from one thread.
+
+    Processes are started when tasks need them, clean ones (no threads, no CUDA context and no locks
+    of this process), so that a lost one can be replaced at any time.
+
+    Args:
+        function: picklable; called in a worker with (task, note).
+        workers: processes, at least 1.
+        time_limit: seconds that a task may take from its start, or from its last note, on.
+        memory_limit: bytes that a worker may grow by; one that did is replaced after its task.
+        signals: that workers ignore, beside SIGINT.
+    """
+
+    function: Callable[[Any, Note], Any]
+    workers: int
+    time_limit: float | None = None
+    memory_limit: float | None = None
+    signals: tuple[int, ...] = ()
+    _waiting: deque[tuple[Any, Any, int]] = field(default_factory=deque)
+    _running: list[_Worker] = field(default_factory=list)
+    _over: bool = False
+
+    def __post_init__(self) -> None:
+        _pools.add(self)
+
+    def submit(self, key: Any, task: Any) -> None:
+        """Takes a task, whose outcome `poll` will give under `key`."""
+        self._waiting.append((key, task, 1))
+
+    @property
+    def num_open(self) -> int:
+        """Tasks without an outcome."""
+        return len(self._waiting) + sum(worker.busy for worker in self._running)
+
+    def poll(self, timeout: float, wake: Connection | None = None) -> list[tuple[Any, Any]]:
+        """(key, outcome) of the tasks that ended, after at most `timeout` seconds without any.
+
+        An outcome is the function's result, a Lost, or the exception that it raised.
+
+        Args:
+            wake: ends the waiting as soon as there is something to read from it.
+        Raises:
+            RuntimeError: a worker cannot even start.
+        """
+        self._deal_out()
+        now = time.monotonic()
+        limits = [self._deadline(worker) for worker in self._running]
+        until = min([now + timeout, *limits])
+        pipes: list[Any] = [worker.pipe for worker in self._running]
+        ready = wait([*pipes, *([] if wake is None else [wake])], max(0.0, until - now))
+        outcomes: list[tuple[Any, Any]] = []
+        for worker in list(self._running):
+            if worker.pipe in ready:
+                outcomes += self._hear(worker)
+            elif time.monotonic() >= self._deadline(worker):
+                outcomes += self._give_up(worker)
+        return outcomes
+
+    def close(self) -> None:
+        """Ends all workers, whatever they are at; there will be no others."""
+        self._over = True
+        for worker in self._running:
+            worker.process.kill()
+        for worker in self._running:
+            worker.process.join()
+            worker.pipe.close()
+        self._running.clear()
+        self._waiting.clear()
+
+    def _deal_out(self) -> None:
+        idle = [worker for worker in self._running if not worker.busy]
+        for worker in idle:
+            if self._waiting:
+                self._assign(worker)
+        while self._waiting and len(self._running) < self.workers:
+            worker = self._start()
+            self._running.append(worker)
+            self._assign(worker)
+
+    def _assign(self, worker: _Worker) -> None:
+        worker.key, worker.task, worker.tries = self._waiting.popleft()
+        worker.busy, worker.at, worker.since = True, None, time.monotonic()
+        try:
+            worker.pipe.send(worker.task)
+        except (
+            OSError
+        ):  # it has just ended: its pipe says so too, and then the task is dealt out anew
+            worker.tries -= 1
+
+    def _start(self) -> _Worker:
+        if self._over:
+            raise RuntimeError("this pool is closed")
+        method = "spawn" if sys.platform == "win32" else "forkserver"
+        context = multiprocessing.get_context(method)
+        if method == "forkserver":  # of effect for the first pool of this process: imports once
+            context.set_forkserver_preload([self.function.__module__, "data.video_read"])
+        ours, theirs = context.Pipe()
+        with interrupts_deferred():
+            process = context.Process(
+                target=_work,
+                args=(theirs, self.function, self.memory_limit, self.signals),
+                daemon=True,
+            )
+            process.start()
+        theirs.close()
+        return _Worker(process, ours, time.monotonic())
+
+    def _deadline(self, worker: _Worker) -> float:
+        if not worker.ready:
+            return worker.born + _START_SECONDS
+        if not worker.busy or self.time_limit is None:
+            return float("inf")
+        return worker.since + self.time_limit
+
+    def _hear(self, worker: _Worker) -> list[tuple[Any, Any]]:
+        try:
+            kind, value = worker.pipe.recv()
+        except (EOFError, OSError, pickle.UnpicklingError):
+            return self._bury(worker)
+        if kind == "ready":
+            worker.ready, worker.since = True, time.monotonic()
+        elif kind == "note":
+            worker.at, worker.since = value, time.monotonic()
+        else:
+            worker.busy = False
+            if kind == "last":
+                self._running.remove(worker)
+                worker.pipe.close()
+            return [(worker.key, value)]
+        return []
+
+    def _bury(self, worker: _Worker) -> list[tuple[Any, Any]]:
+        """A worker has ended by itself, most likely because of its task."""
+        self._running.remove(worker)
+        worker.process.join()
+        worker.pipe.close()
+        code = worker.process.exitcode or 0
+        if not worker.ready:
+            raise RuntimeError(f"a worker process ended while it started, with exit code {code}")
+        if not worker.busy:
+            return []
+        if worker.tries < _TRIES:
+            self._waiting.appendleft((worker.key, worker.task, worker.tries + 1))
+            return []
+        how = f"signal {_signal_name(-code)}" if code < 0 else f"exit code {code}"
+        return [(worker.key, Lost(f"the process that read it died twice, of {how}", worker.at))]
+
+    def _give_up(self, worker: _Worker) -> list[tuple[Any, Any]]:
+        self._running.remove(worker)
+        worker.process.kill()
+        worker.process.join()
+        worker.pipe.close()
+        if not worker.ready:
+            raise RuntimeError(f"a worker process did not start in {_START_SECONDS:g} s")
+        return [(worker.key, Lost(f"it took longer than {self.time_limit:g} s", worker.at))]
+
+
+def run_tasks(
+    function: Callable[[T], R],
+    tasks: Iterable[T],
+    *,
+    workers: int,
+    time_limit: float | None = None,
+) -> Iterator[tuple[int, R | Lost]]:
+    """Calls `function` for every task; yields (index, outcome) as they are done, in any order.
+
+    Args:
+        function: of one argument; picklable, as the tasks and the results are.
+        workers: processes; with 0 everything happens here, and a time limit is not kept.
+        time_limit: seconds for one task.
+    Raises:
+        Exception: what `function` raised.
+        RuntimeError: a worker cannot even start.
+    """
+    if workers < 1:
+        for index, task in enumerate(tasks):
+            yield index, function(task)
+        return
+    pool = TaskPool(_Plain(function), workers, time_limit)
+    numbered = iter(enumerate(tasks))
+    try:
+        while True:
+            # No further ahead than this: tasks may be an endless stream, or large.
+            while pool.num_open < 2 * workers and (following := next(numbered, None)) is not None:
+                pool.submit(*following)
+            if not pool.num_open:
+                return
+            for index, outcome in pool.poll(1.0):
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                yield index, outcome
+    finally:
+        pool.close()
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A function that notes nothing."""
+
+    function: Callable[[Any], Any]
+
+    def __call__(self, task: Any, note: Note) -> Any:
+        return self.function(task)
+
+
+def _work(
+    pipe: Connection,
+    function: Callable[[Any, Note], Any],
+    memory_limit: float | None,
+    signals: tuple[int, ...],
+) -> None:
+    """What a worker does: tasks from the pipe, until its other end is closed."""
+    for number in (signal.SIGINT, *signals):
+        signal.signal(number, signal.SIG_IGN)
+
+    def note(at: Any) -> None:
+        pipe.send(("note", at))
+
+    at_start = _resident_bytes()
+    try:
+        pipe.send(("ready", None))
+        while True:
+            task = pipe.recv()
+            try:
+                outcome = function(task, note)
+            except Exception as error:
+                outcome = _sendable(error)
+            last = memory_limit is not None and _resident_bytes() - at_start > memory_limit
+            pipe.send(("last" if last else "done", outcome))
+            if last:
+                return
+    except (EOFError, OSError):  # the process that asked is gone
+        return
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or its text where it cannot be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever an error's own pickling raises
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _resident_bytes() -> float:
+    """What this process has in RAM; on systems that do not say, the most that it ever had."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)

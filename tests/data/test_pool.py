@@ -1,0 +1,124 @@
+"""Tasks that hang, crash and grow, beside ones that do not."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from data.pool import Lost, TaskPool, run_tasks
+
+
+def behave(task):
+    kind, value = task
+    if kind == "hang":
+        time.sleep(600)
+    if kind == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if kind == "exit":
+        os._exit(3)
+    if kind == "raise":
+        raise KeyError(value)
+    if kind == "once":  # dies the first time
+        if not os.path.exists(value):
+            open(value, "w").close()
+            os._exit(1)
+        return "second try"
+    return value * 2
+
+
+def crash_after_a_note(task, note):
+    for file in range(task + 1):
+        note(f"file {file}")
+        time.sleep(0.3)
+    if task == 3:
+        time.sleep(600)
+    return os.getpid()
+
+
+def grow(task, note):
+    if task == 1:
+        grow.kept = bytearray(300_000_000)  # type: ignore[attr-defined]
+    return os.getpid()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_every_task_has_its_result(workers):
+    found = dict(run_tasks(behave, [("good", k) for k in range(50)], workers=workers))
+    assert found == {k: 2 * k for k in range(50)}
+
+
+def test_what_hangs_and_crashes_is_lost_and_nothing_else():
+    tasks = [("good", 1), ("hang", 0), ("crash", 0), ("good", 2), ("exit", 0), ("good", 3)]
+    found = dict(run_tasks(behave, tasks, workers=2, time_limit=2.0))
+    assert {k: v for k, v in found.items() if not isinstance(v, Lost)} == {0: 2, 3: 4, 5: 6}
+    assert found[1] == Lost("it took longer than 2 s")
+    assert found[2] == Lost("the process that read it died twice, of signal SIGSEGV")
+    assert found[4] == Lost("the process that read it died twice, of exit code 3")
+
+
+def test_a_process_that_dies_once_is_forgiven(tmp_path):
+    found = dict(run_tasks(behave, [("once", str(tmp_path / "seen"))], workers=1))
+    assert found == {0: "second try"}
+
+
+def test_a_function_that_raises_ends_it_and_the_workers():
+    with pytest.raises(KeyError, match="boom"):
+        list(run_tasks(behave, [("good", 1), ("raise", "boom")], workers=2))
+
+
+def test_a_note_restarts_the_clock_and_names_the_place():
+    pool = TaskPool(crash_after_a_note, 1, time_limit=1.0)
+    pool.submit("long", 5)  # 1.8 s in all, of which no part takes 1 s
+    pool.submit("stuck", 3)
+    found = {}
+    while pool.num_open:
+        found.update(pool.poll(1.0))
+    pool.close()
+    assert isinstance(found["long"], int)
+    assert found["stuck"] == Lost("it took longer than 1 s", at="file 3")
+
+
+def test_a_worker_that_grows_is_replaced_and_loses_nothing():
+    pool = TaskPool(grow, 1, memory_limit=200e6)
+    for k in range(4):
+        pool.submit(k, k)
+    found = {}
+    while pool.num_open:
+        found.update(pool.poll(1.0))
+    pool.close()
+    assert found[0] == found[1] != found[2]
+    assert found[2] == found[3]
+
+
+def test_tasks_are_taken_as_they_are_needed():
+    taken = []
+
+    def endless():
+        k = 0
+        while True:
+            taken.append(k)
+            yield ("good", k)
+            k += 1
+
+    results = run_tasks(behave, endless(), workers=2)
+    for _ in range(10):
+        next(results)
+    results.close()
+    assert len(taken) < 20
+
+
+def survive(task, note):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+    return "here"
+
+
+def test_workers_leave_signals_to_the_process_that_started_them():
+    pool = TaskPool(survive, 1, signals=(signal.SIGTERM, signal.SIGUSR1))
+    pool.submit(0, None)
+    found = {}
+    while pool.num_open:
+        found.update(pool.poll(1.0))
+    pool.close()
+    assert found == {0: "here"}

@@ -1,0 +1,224 @@
+"""The latent cache: every clip through the frozen VAE once, instead of once per epoch.
+
+A folder of shards (posterior mean and standard deviation of the clips of some rows, all of one size) as
+`train.cache_folder` has them. A cache made from anything else is an error, never silently used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.buckets import Size, row_sizes, size_name
+from data.loader import ClipLoader
+from data.manifest import Manifest
+from data.video import to_float
+from dit.vae import VAE
+from sample.pipeline import MAX_BATCH_CELLS
+from sample.processes import Ranks
+from train.cache_folder import CHECKSUMS, CacheFolder, checksum, hash_weights, open_shard
+from train.clips import row_request
+from train.config_data import DataConfig
+from train.watchdog import beat
+
+SHARD_ROWS = 256
+_BATCH = 16
+_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which rows a shard is of, and their size."""
+
+    size: Size
+    rows: np.ndarray
+
+
+class LatentCache(CacheFolder):
+    """A cache folder for one manifest, transform, VAE and dtype.
+
+    Args:
+        folder: made when missing.
+        manifest, data: the clips; each row has one size, and its clip is at the row's start.
+        dtype: float16 or float32, of what is stored.
+    Raises:
+        ValueError: rows may have several sizes.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, data: DataConfig, dtype: str) -> None:
+        super().__init__(folder, "latent cache")
+        self.manifest, self.data, self.dtype = manifest, data, dtype
+        self.of_row = row_sizes(manifest, data)  # index in data.sizes, -1 for rows not in training
+        self.shards: list[Shard] = []
+        # Of each row, its shard and its place among that shard's rows.
+        self.places = np.full((len(self.of_row), 2), -1, np.int64)
+        for k, size in enumerate(data.sizes):
+            rows = np.flatnonzero(self.of_row == k)
+            for first in range(0, len(rows), SHARD_ROWS):
+                part = rows[first : first + SHARD_ROWS]
+                self.places[part, 0] = len(self.shards)
+                self.places[part, 1] = np.arange(len(part))
+                self.shards.append(Shard(size, part))
+
+    def fingerprint(self, vae: VAE) -> dict[str, str]:
+        """What the latents depend on, part by part."""
+        data = self.data
+        sizes = size_name(data.sizes[0])
+        if data.native is not None:
+            layout = hashlib.sha256(f"{data.sizes} {self.of_row.tolist()}".encode())
+            sizes = f"{len(data.sizes)} native sizes ({layout.hexdigest()[:8]})"
+        return {
+            "list of clips": self._hash_clips(),
+            "version of the media files": self._hash_files(),
+            "transform": f"{sizes} at {data.fps:g} fps",
+            "VAE": hash_weights(vae),
+            "dtype": self.dtype,
+        }
+
+    def _hash_clips(self) -> str:
+        """Sixteen hex digits of what is read of each row; captions and measurements do not matter."""
+        digest = hashlib.sha256()
+        for row in self.manifest.rows:
+            digest.update(f"{row.path!r} {row.start} {row.end} {row.crop}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def _hash_files(self) -> str:
+        """Sixteen hex digits of local files' sizes and times of change."""
+        digest = hashlib.sha256()
+        for path in dict.fromkeys(map(self.manifest.locate, self.manifest.rows)):
+            if "://" not in path:
+                try:
+                    status = os.stat(path.partition("#")[0] if ".tar#" in path else path)
+                except OSError:  # reading it will say why
+                    continue
+                digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def build(self, vae: VAE, ranks: Ranks) -> None:
+        """Makes the shards that are missing; every rank calls it and does its share.
+
+        Raises:
+            ValueError: the folder holds latents of something else; names which part differs.
+        """
+        self.claim(self.fingerprint(vae), ranks)
+        mine = self.missing(len(self.shards), ranks)[ranks.rank :: ranks.world_size]
+        total = sum(len(self.shards[k].rows) for k in mine)
+        hidden = not (ranks.is_main and total)
+        with tqdm(total=total, desc="latents", unit="clip", disable=hidden) as bar:
+            for index in mine:
+                self._make(index, vae, ranks.device, bar)
+        ranks.barrier()
+
+    @torch.no_grad()
+    def _make(self, index: int, vae: VAE, device: torch.device, bar: tqdm[Any]) -> None:
+        shard, dtype = self.shards[index], _DTYPES[self.dtype]
+        shape = vae.latent_shape(*shard.size)
+        means, stds = (torch.zeros(len(shard.rows), *shape, dtype=dtype) for _ in range(2))
+        sums = torch.zeros(len(shard.rows), dtype=torch.int64)
+        bad: dict[str, str] = {}
+        batch = max(1, min(_BATCH, MAX_BATCH_CELLS // int(np.prod(shard.size))))
+        numbers = [list(range(k, min(k + batch, len(sums)))) for k in range(0, len(sums), batch)]
+        loader = ClipLoader(
+            _RowsOf(self.manifest, shard, self.data),
+            numbers,
+            workers=self.data.num_workers,
+            file_seconds=self.data.file_seconds,
+            memory_limit=self.data.worker_memory_gb * 1e9,
+        )
+        for items in loader:
+            beat()
+            bad.update({str(shard.rows[place]): reason for place, reason in items["bad"]})
+            if items["places"]:
+                with torch.autocast(device.type, enabled=False):
+                    posterior = vae.encode(to_float(items["video"].to(device)))
+                mean, std = (x.to(dtype).cpu() for x in (posterior.mean, posterior.std))
+                for k, place in enumerate(items["places"]):
+                    means[place], stds[place] = mean[k], std[k]
+                    sums[place] = checksum(mean[k], std[k])
+            bar.update(len(items["places"]) + len(items["bad"]))
+        tensors = {"mean": means, "std": stds, CHECKSUMS: sums}
+        self.write(index, tensors, {"rows": shard.rows.tolist(), "bad": bad})
+
+    def bad(self) -> dict[int, str]:
+        """Rows that could not be read, with the reason; known once the cache is built.
+
+        Raises:
+            ValueError: a shard is damaged, or of other rows.
+        """
+        found: dict[int, str] = {}
+        for index, shard in enumerate(self.shards):
+            about = self.about(index)
+            with self.reading(index):
+                file = open_shard(self.shard(index))
+                shapes = [
+                    file.get_slice(name).get_shape()[0] for name in ("mean", "std", CHECKSUMS)
+                ]
+                if about["rows"] != shard.rows.tolist() or shapes != [len(shard.rows)] * 3:
+                    raise ValueError(f"rows {about['rows']}, {shapes} latents")
+                found.update({int(row): str(reason) for row, reason in about["bad"].items()})
+        return found
+
+    def num_bytes(self) -> int:
+        """Of all shards."""
+        return sum(self.shard(k).stat().st_size for k in range(len(self.shards)))
+
+
+def read_posterior(path: Path, place: int) -> Tensor:
+    """Mean and standard deviation of one clip, (2 c f h w), as they are stored.
+
+    Raises:
+        ValueError: its bytes are not those that were written.
+    """
+    with CacheFolder(path.parent, "latent cache").reading(int(path.stem.rpartition("-")[2])):
+        file = open_shard(path)
+        both = [file.get_slice(name)[place] for name in ("mean", "std")]
+        if checksum(*both) != int(file.get_slice(CHECKSUMS)[place]):
+            raise ValueError("checksum")
+        return torch.stack(both)
+
+
+class _RowsOf:
+    """The clips of a shard, by place, each by itself: what cannot be read is not replaced."""
+
+    def __init__(self, manifest: Manifest, shard: Shard, data: DataConfig) -> None:
+        self.manifest, self.shard, self.data = manifest, shard, data
+
+    def request(self, place: int, bad: Sequence[tuple[str, str]] = ()) -> Any:
+        row = int(self.shard.rows[place])
+        if bad:
+            return _Nothing(place, f"{bad[0][0]}: {bad[0][1]}")
+        return row_request(self.manifest, row, self.data, self.shard.size, place)
+
+    def sample(self, request: Any, video: Tensor | None, bad: list[tuple[str, str]]) -> Any:
+        return request, video
+
+    def collate(self, samples: list[Any]) -> dict[str, Any]:
+        good = [(request.g, video) for request, video in samples if video is not None]
+        return {
+            "places": [place for place, _ in good],
+            "video": torch.stack([video for _, video in good]) if good else None,
+            "bad": [(request.g, request.reason) for request, video in samples if video is None],
+        }
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    """In place of a clip that could not be read."""
+
+    g: int
+    reason: str
+    path: str = ""
+    name: str = ""
+    is_here: bool = True
+
+    def read(self) -> None:
+        return None

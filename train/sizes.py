@@ -1,0 +1,148 @@
+"""In which sizes a run sees its clips: the order of its samples, and what that is said to be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from data.buckets import Size, assign_rows, bucket_rows, size_name
+from data.manifest import Manifest
+from data.native import balanced_batch, waste_of
+from data.order import BucketOrder, SampleOrder, UniformOrder
+from data.packing import PackedOrder
+from train.config import RunConfig
+
+NumTokens = Callable[[Size], int]
+
+
+def sample_order(manifest: Manifest, config: RunConfig, num_tokens: NumTokens) -> SampleOrder:
+    """Which samples each step of a run has.
+
+    Args:
+        num_tokens: of a clip of a size.
+    Raises:
+        ValueError: a bucket has no row, or no row has a bucket; or a clip is larger than a packed row.
+    """
+    data, seed, batch_size = config.data, config.seed, config.train.batch_size
+    if data.buckets:
+        rows = {bucket.size: bucket.rows for bucket in bucket_rows(manifest, data.sizes, data.fps)}
+        return BucketOrder(
+            *(rows, given_batches(config), seed, data.shares),
+            advice="set train.batch_size, or that of data.buckets, to a multiple of {}",
+        )
+    if data.native is None:
+        return UniformOrder(len(manifest.rows), data.base_size, batch_size, seed)
+    rows = assign_rows(manifest, data.sizes, data.fps).rows()
+    if data.packing is not None:
+        tokens = {size: num_tokens(size) for size in rows}
+        return PackedOrder(rows, tokens, data.packing.tokens, batch_size, seed)
+    return BucketOrder(
+        *(rows, native_batches(config, list(rows), num_tokens), seed),
+        advice="set data.native.batch_multiple to a multiple of {}",
+    )
+
+
+def given_batches(config: RunConfig) -> dict[Size, int]:
+    """Clips per step, of each of data.buckets."""
+    return {b.size: b.batch_size or config.train.batch_size for b in config.data.buckets}
+
+
+def native_batches(config: RunConfig, sizes: list[Size], num_tokens: NumTokens) -> dict[Size, int]:
+    """Clips per step, of each of data.native's sizes: about the same tokens for all."""
+    assert config.data.native is not None
+    budget = num_tokens(config.data.base_size) * config.train.batch_size
+    multiple = config.data.native.batch_multiple
+    return {size: balanced_batch(budget, num_tokens(size), multiple) for size in sizes}
+
+
+def expected_counts(config: RunConfig, num_tokens: NumTokens) -> dict[Size, float]:
+    """How many clips of each size the mean step has, where the manifest is not to be read: those of
+    data.native are taken to be equally frequent, in steps or, packed, in clips."""
+    data, batch_size = config.data, config.train.batch_size
+    if data.packing is not None:
+        tokens = sum(map(num_tokens, data.sizes))
+        return dict.fromkeys(data.sizes, batch_size * data.packing.tokens / tokens)
+    if data.native is not None:
+        batches = native_batches(config, data.sizes, num_tokens)
+        return {size: batch / len(batches) for size, batch in batches.items()}
+    if not data.buckets:
+        return {data.base_size: float(batch_size)}
+    total = sum(data.shares.values())
+    return {size: data.shares[size] / total * n for size, n in given_batches(config).items()}
+
+
+def heaviest(config: RunConfig, num_tokens: NumTokens) -> tuple[Size, float]:
+    """The size of the steps that take the most memory, and how many of its clips there are in them for
+    each of train.batch_size. Packed rows are taken for clips of data's own size."""
+    data, batch_size = config.data, config.train.batch_size
+    if data.packing is not None:
+        return data.base_size, data.packing.tokens / num_tokens(data.base_size)
+    if data.native is not None:
+        batches = native_batches(config, data.sizes, num_tokens)
+        size = max(batches, key=lambda size: (batches[size] * num_tokens(size), math.prod(size)))
+        return size, batches[size] / batch_size
+    batches = given_batches(config) or {data.base_size: batch_size}
+    size = max(batches, key=lambda size: batches[size] * math.prod(size))
+    return size, batches[size] / batch_size
+
+
+def left_out(manifest: Manifest, config: RunConfig) -> list[str]:
+    """Which rows no bucket has, or a bucket has not: a line each, with the reasons.
+
+    Raises:
+        ValueError: a bucket has no row, or no row has a bucket.
+    """
+    data = config.data
+    if data.buckets:
+        found = bucket_rows(manifest, data.sizes, data.fps)
+        return [bucket.left_out() for bucket in found if bucket.left_out()]
+    if data.native is None:
+        return []
+    assigned = assign_rows(manifest, data.sizes, data.fps)
+    counts = assigned.left_out
+    if not counts:
+        return []
+    reasons = "; ".join(f"{count:,} {reason}" for reason, count in counts.items())
+    total, num_rows = sum(counts.values()), len(assigned.of_row)
+    return [f"{total:,} of {num_rows:,} rows are in no bucket: {reasons}"]
+
+
+def describe_sizes(
+    manifest: Manifest, config: RunConfig, order: SampleOrder, num_tokens: NumTokens
+) -> list[str]:
+    """A line a bucket: its share of the steps, its batch and tokens, its rows and how often a run sees
+    each of them; or, packed, a line a size. Then what is wasted, and which rows are left out. No line
+    for a run of one size.
+
+    Raises:
+        ValueError: as `sample_order`.
+    """
+    data, steps = config.data, config.train.steps
+    if isinstance(order, UniformOrder):
+        return []
+    means, lines = order.mean_counts(), []
+    clips = sum(means.values())
+    for size in [size for size in data.sizes if size in means]:
+        count, tokens = len(order.rows[size]), num_tokens(size)
+        epochs = steps * means[size] / count
+        about = f"{count:,} rows, {epochs:,.1f} epochs"
+        if isinstance(order, BucketOrder):
+            name, share = f"bucket {size_name(size)}", order.sequence.share(size)
+            batch = order.batches[size]
+            what = f"of steps; {batch:,} clips, {batch * tokens:,} tokens; {about}"
+        else:
+            name, share = f"size {size_name(size)}", means[size] / clips
+            what = f"of clips; {tokens:,} tokens; {about}"
+        lines.append(f"{name:28}{share:>16.1%}  ({what})")
+    if isinstance(order, PackedOrder):
+        lines.append(
+            f"{'packing':28}{1 - order.unused:>16.1%}  (of a row's {order.budget:,} tokens are used, "
+            f"{order.unused:.1%} are not; {clips:,.1f} clips a step, {order.num_clips:,} in "
+            f"{order.num_rows:,} rows an epoch)"
+        )
+    waste = waste_of(manifest, order.rows, means, data.fps)
+    cut = {"of pictures": waste.pixels, "of videos' seconds, outside one clip": waste.seconds}
+    for text, share in cut.items():
+        shown = "not known" if math.isnan(share) else f"{share:.1%}"
+        lines.append(f"{'cut off':28}{shown:>16}  ({text})")
+    return lines + [f"{'left out':28}{line}" for line in left_out(manifest, config)]
