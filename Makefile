@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test chaos lint format bench clean
+.PHONY: setup demo test chaos fuzz lint format bench clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,10 @@ test: setup
 # Kills runs with SIGKILL, ten times each, and continues them; the result goes to docs/chaos.md.
 chaos: setup
 	CHAOS_KILLS=10 $(BIN)/python -m pytest tests/distributed/test_chaos.py -k long
+
+# A thousand damaged media files through reader, check, loader and ingest; the suite has ninety.
+fuzz: setup
+	FUZZ_FILES=1000 $(BIN)/python -m pytest tests/data/test_fuzz.py --timeout 3000
 
 # ruff (lint and format) and pyright, as .pre-commit-config.yaml lists them
 lint: setup

@@ -269,7 +269,7 @@ def check_manifest(
     wanted: Wanted,
     *,
     workers: int | None = None,
-    file_seconds: float = 60.0,
+    file_seconds: float = 180.0,
     say: Callable[[str], None] = print,
 ) -> Findings:
     """Reads every clip, and says of each row whether it is kept, and if not, why.

@@ -82,10 +82,11 @@ def plain(error: Exception) -> Exception:
     status = next(filter(None, map(_status, causes)), None)
     if isinstance(error, PermissionError) or status in (401, 403):
         return PermissionError(f"not allowed with these credentials: {_text(causes[-1])}")
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) and status in (None, 404, 410):
         # S3's "The specified bucket does not exist", Google's "bucket does not exist".
         return OSError("no such bucket") if "bucket does not" in str(error) else error
-    return OSError(_text(error)) if not isinstance(error, OSError) or not error.errno else error
+    known = isinstance(error, OSError) and error.errno and not isinstance(error, FileNotFoundError)
+    return error if known else OSError(_text(error))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -118,5 +119,7 @@ def _passing_kind(error: BaseException) -> bool:
 
 
 def _text(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__  # what fsspec calls a missing file may be a missing server
     text = " ".join((getattr(error, "strerror", None) or str(error)).split())
     return text or type(error).__name__

@@ -180,7 +180,9 @@ def list_media(url: str) -> Iterator[tuple[str, int]]:
     if "::" in url:
         raise ValueError(f"{url}: expected the URL of one folder, not a chain of several")
     with naming(url):
-        found = _request(url, "find", detail=True)
+        # Of an HTTP server each folder is a request, whose errors fsspec leaves out.
+        strict = {"on_error": "raise"} if url.startswith(("http://", "https://")) else {}
+        found = _request(url, "find", detail=True, **strict)
         if not found:
             raise FileNotFoundError
         filesystem, _ = _filesystem(url)

@@ -32,7 +32,7 @@ def check(
     write: Annotated[
         Path | None, typer.Option(help="A manifest of the kept rows, with what was measured.")
     ] = None,
-    file_seconds: Annotated[float, typer.Option(help="After which a file is given up.")] = 60.0,
+    file_seconds: Annotated[float, typer.Option(help="After which a file is given up.")] = 180.0,
     workers: Workers = None,
 ) -> None:
     """Decode every clip: kept or dropped, with the reason, and what may surprise.

@@ -31,6 +31,7 @@ from train.config_data import DataConfig
 from train.watchdog import beat
 
 SHARD_ROWS = 256
+SHARD_PIXELS = 2**31  # fewer rows of large clips: a shard is in memory while it is made
 _BATCH = 16
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -63,8 +64,9 @@ class LatentCache(CacheFolder):
         self.places = np.full((len(self.of_row), 2), -1, np.int64)
         for k, size in enumerate(data.sizes):
             rows = np.flatnonzero(self.of_row == k)
-            for first in range(0, len(rows), SHARD_ROWS):
-                part = rows[first : first + SHARD_ROWS]
+            count = max(1, min(SHARD_ROWS, SHARD_PIXELS // int(np.prod(size))))
+            for first in range(0, len(rows), count):
+                part = rows[first : first + count]
                 self.places[part, 0] = len(self.shards)
                 self.places[part, 1] = np.arange(len(part))
                 self.shards.append(Shard(size, part))

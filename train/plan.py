@@ -17,7 +17,7 @@ from train.config import RunConfig
 from train.config_file import dump_config
 from train.recipe import Recipe
 from train.setup import build_recipe, open_data
-from train.sizes import describe_sizes
+from train.sizes import describe_sizes, describe_waste
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
@@ -64,6 +64,7 @@ def plan(config: RunConfig) -> str:
     flops = sum(count * flops_per_sample(recipe, size) for size, count in counts.items())
     epochs = config.train.steps * batch_size / clips
     sizes = describe_sizes(data.train, config, recipe.order, recipe.num_tokens)
+    waste = describe_waste(data.train, config, recipe.order)
     shown = f"{samples:,.2f}".removesuffix("0").removesuffix(".0")
     dealt = f"{micro:,} per micro-batch and process"
     if recipe.order.packed:
@@ -72,7 +73,7 @@ def plan(config: RunConfig) -> str:
         dealt = "in the mean"
     lines += [
         f"{'clips':28}{clips:>16,}  ({len(data.train.bad):,} rows left out)",
-        *(sizes or [f"{'epochs':28}{epochs:>16,.1f}"]),
+        *(sizes or [f"{'epochs':28}{epochs:>16,.1f}", *waste]),
         f"{'samples per batch':28}{shown:>16}  ({dealt})",
         f"{'tokens per sample':28}{round(tokens / samples):>16,}",
         f"{'tokens per batch':28}{round(tokens):>16,}",

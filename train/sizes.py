@@ -140,9 +140,16 @@ def describe_sizes(
             f"{order.unused:.1%} are not; {clips:,.1f} clips a step, {order.num_clips:,} in "
             f"{order.num_rows:,} rows an epoch)"
         )
-    waste = waste_of(manifest, order.rows, means, data.fps)
-    cut = {"of pictures": waste.pixels, "of videos' seconds, outside one clip": waste.seconds}
-    for text, share in cut.items():
-        shown = "not known" if math.isnan(share) else f"{share:.1%}"
-        lines.append(f"{'cut off':28}{shown:>16}  ({text})")
+    lines += describe_waste(manifest, config, order)
     return lines + [f"{'left out':28}{line}" for line in left_out(manifest, config)]
+
+
+def describe_waste(manifest: Manifest, config: RunConfig, order: SampleOrder) -> list[str]:
+    """What the mean sample does not show of its row, where the manifest says how large rows are."""
+    waste = waste_of(manifest, order.rows, order.mean_counts(), config.data.fps)
+    cut = {"of pictures": waste.pixels, "of videos' seconds, outside one clip": waste.seconds}
+    return [
+        f"{'cut off':28}{share:>16.1%}  ({text})"
+        for text, share in cut.items()
+        if not math.isnan(share)
+    ]

@@ -3,6 +3,7 @@ import io
 import logging
 import multiprocessing
 import os
+import socket
 import sys
 import tarfile
 import threading
@@ -318,11 +319,14 @@ def test_processes_share_a_cache(tmp_path):
 
 def test_the_ledger_is_changed_by_one_at_a_time(tmp_path, monkeypatch):
     cache = MediaCache(tmp_path, 10**6)
-    rewrite = media_cache._rewrite
+    rewrite, inside, most = media_cache._rewrite, [], []
 
     def slow(file, text):
-        time.sleep(0.002)  # long enough for all others to read what is about to change
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.002)
         rewrite(file, text)
+        inside.pop()
 
     def add(number):
         for k in range(4):
@@ -335,6 +339,7 @@ def test_the_ledger_is_changed_by_one_at_a_time(tmp_path, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
+    assert max(most) == 1
     assert ledger(tmp_path) == sum(cached(tmp_path).values()) == 170
 
 
@@ -474,6 +479,26 @@ def test_http_errors_pass_or_do_not(serve, make_video, tmp_path):
     with pytest.raises(VideoReadError, match="not allowed"):
         VideoReader(f"{url}/b.mp4")
     assert len(Unwell.requests) - asked <= 2
+
+
+def test_http_folders_are_listed_if_their_server_can_be_reached(serve, tmp_path):
+    pytest.importorskip("aiohttp")
+    for name in ("a.mp4", "d/b c.mp4"):
+        path = tmp_path / "www" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(name)
+    url = serve(Quiet)
+    found = [name for name, _ in list_media(url)]
+    assert found == [f"{url}/a.mp4", f"{url}/d/b%20c.mp4"]
+    assert [read_bytes(name) for name in found] == [b"a.mp4", b"d/b c.mp4"]
+    configure(patience=0)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/x"
+        with pytest.raises(OSError, match=r"http.*/x: .*\(tried once\)"):
+            list(list_media(url))
+        with pytest.raises(VideoReadError, match=r"Connect.*\(tried once\)"):
+            VideoReader(url)
 
 
 # Trying again

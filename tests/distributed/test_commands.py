@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from data.manifest import write_manifest
 from data.video import read_clip
 from train.cli import main
 from train.logs import read_log
@@ -32,7 +33,9 @@ def made(room, several, tmp_path_factory):
     model = room.train(folder / "model", "dit", **ENOUGH) / "model"
     (folder / "prompts.txt").write_text("a red circle\na blue square\na green triangle\n")
     one, two = folder / "one", folder / "two"
-    commands = {}
+    commands, manifest = {}, folder / "many.jsonl"
+    clips = [room.folder / "train" / "clips" / "000" / f"{k:06d}.mp4" for k in range(12)]
+    write_manifest(manifest, [{"path": str(clips[k % 12]), "caption": "x"} for k in range(300)])
     for out, share in ((one, []), (two, ["--context", 2])):
         out.mkdir()
         sample = ["sample", model, "--steps", 3, "--dtype", "float32"]
@@ -46,6 +49,7 @@ def made(room, several, tmp_path_factory):
             [*sample, "a red circle", "-o", out / "shared.mp4", "--guidance", 3, *share],
             ["eval", model, "--num", 6, "--steps", 2, "--batch-size", 2, "-o", out / "scores.json"],
             ["train", config],
+            ["data", "latents", manifest, room.vae, out / "latents", "--dtype", "float32"],
         ]
     for command in commands[one]:
         zoetrope(*command)
@@ -86,6 +90,15 @@ def test_sharded_adapters_train_as_whole_ones(made):
         torch.testing.assert_close(others[name], value, atol=1e-4, rtol=0)
     losses = [[row["loss"] for row in read_log(out / "lora" / "log.jsonl")] for out in made]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_latents_are_the_same(made):
+    caches = [sorted((folder / "latents").glob("shard-*.safetensors")) for folder in made]
+    assert [path.name for path in caches[0]] == [path.name for path in caches[1]]
+    assert len(caches[0]) == 2
+    for paths in zip(*caches, strict=True):
+        first, second = map(load_file, paths)
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import torch
 import yaml
 from PIL import Image
 
+from data.dataset import ClipRequest
 from data.manifest import read_manifest, write_manifest
 from data.video import write_video
-from data.dataset import ClipRequest
 from sample.processes import Ranks
 from train.clips import TrainingClips, make_loader, rows_of_one_size
 from train.config import RunConfig, differing_key
 from train.config_file import ConfigError, dump_config, load_config
+from train.logs import read_log
 from train.sizes import describe_sizes, expected_counts, sample_order
 
 IMAGE = {"num_frames": 1, "height": 24, "width": 32}
@@ -140,6 +141,41 @@ def test_a_loader_gives_each_step_its_size(config):
     assert not any(batch["bad"] for batch in found), "short rows were left out before"
 
 
+def test_a_bucket_may_have_a_batch_of_its_own(config):
+    run = config(buckets=[IMAGE | {"batch_size": 10}, VIDEO])
+    found = list(itertools.islice(loader(run, ranks()), 16))
+    shapes = [tuple(batch["video"].shape) for batch in found]
+    assert set(shapes) == {(10, 3, 1, 24, 32), (4, 3, 5, 16, 16)}
+    assert [g for batch in found for g in batch["g"]] == list(range(4 * 10 + 12 * 4))
+    later = next(iter(loader(run, ranks(), 13)))
+    assert later["g"] == found[13]["g"]
+    assert torch.equal(later["video"], found[13]["video"])
+    lines = describe(read_manifest(run.data.manifest), run)
+    assert lines[0] == "bucket 1x24x32 25.0% (of steps; 10 clips, 480 tokens; 8 rows, 3.8 epochs)"
+    assert expected_counts(run, num_tokens) == {SIZES[0]: 2.5, SIZES[1]: 3.0}
+    expected = (
+        r"batch of 10 does not divide into 4 processes .*set train\.batch_size, or that of data"
+    )
+    with pytest.raises(ValueError, match=expected):
+        loader(run, ranks(0, 4))
+
+
+@pytest.mark.parametrize("sizes", ["buckets", "native"])
+def test_a_vae_trains_on_batches_of_several_sizes(room, folder, tmp_path, sizes):
+    native = {"num_frames": [1, 5], "multiple": 8}
+    buckets = [IMAGE | {"batch_size": 10}, VIDEO]
+    manifest = folder / "m.jsonl"
+    rows = [row.model_dump(exclude_none=True) for row in read_manifest(manifest).rows]
+    measured = [row | {"width": 16, "height": 16 + 8 * (k % 2)} for k, row in enumerate(rows)]
+    write_manifest(folder / "measured.jsonl", measured)
+    data = {"manifest": str(folder / "measured.jsonl"), "validation": None}
+    data[sizes] = native if sizes == "native" else buckets
+    out = room.train(tmp_path / "run", "vae", data=data, train={"steps": 6})
+    losses = [row["loss"] for row in read_log(out / "log.jsonl") if "loss" in row]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+
+
 def test_an_error_does_not_leave_a_process_waiting_for_its_workers(config, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(dump_config(config(num_workers=2)))
@@ -212,7 +248,6 @@ def test_buckets_are_described_for_a_dry_run(config):
     assert describe(manifest, run) == [
         "bucket 1x24x32 25.0% (of steps; 4 clips, 192 tokens; 8 rows, 1.5 epochs)",
         "bucket 5x16x16 75.0% (of steps; 4 clips, 128 tokens; 4 rows, 9.0 epochs)",
-        "cut off not known (of pictures)",
         "cut off 28.9% (of videos' seconds, outside one clip)",
         "left out bucket 5x16x16: 2 of 8 rows are too short, 2 are images",
     ]

@@ -253,10 +253,13 @@ def test_the_loss_is_the_mean_over_the_clips_of_a_step(room, recipe, tmp_path, c
         out = room.train(tmp_path / kind, "dit", **changes(kind, steps=1))
         made = recipe(kind)
         numbers = step_numbers(made.order, 0)
-        with torch.no_grad():
-            losses, _ = made(made.make_batch(items_of(made, numbers), 0))
-        assert len(losses) == len(numbers) == made.order.batch(0)
-        assert rows_of(out)[0]["loss"] == pytest.approx(losses.mean().item(), abs=1e-6)
+        losses, _ = made(made.make_batch(items_of(made, numbers), 0))
+        assert len(losses) == len(numbers) == made.order.batch(0) != made.config.train.batch_size
+        losses.mean().backward()
+        norm = torch.stack([grad.norm() for grad in gradients(made).values()]).norm()
+        row = rows_of(out)[0]
+        assert row["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
 # Plans and refusals
