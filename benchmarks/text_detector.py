@@ -17,10 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from data.text_share import text_mask
 
 _HEIGHT, _WIDTH = 360, 640
-_WORDS = (
-    "the quick brown fox jumps over a lazy dog while Breaking News tonight 2024 subscribe LIVE channel "
-    "weather report why not now HELLO world"
-).split()
+_WORDS = """the quick brown fox jumps over a lazy dog while Breaking News tonight 2024 subscribe
+    LIVE channel weather report why not now HELLO world"""
 
 
 def texture(rng):
@@ -54,7 +52,7 @@ def add_text(picture, rng, fonts):
     draw = ImageDraw.Draw(image)
     size = int(_HEIGHT * rng.uniform(0.04, 0.12))
     font = ImageFont.truetype(fonts[rng.integers(len(fonts))], size)
-    text = " ".join(rng.choice(_WORDS, rng.integers(2, 6)))
+    text = " ".join(rng.choice(_WORDS.split(), rng.integers(2, 6)))
     left, top, right, bottom = (int(v) for v in draw.textbbox((0, 0), text, font=font))
     x = int(rng.uniform(0, max(1, _WIDTH - (right - left))))
     y = int(rng.uniform(0, _HEIGHT - (bottom - top) - size * 0.3))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from data.manifest import Manifest, Row, write_manifest
 from data.pool import Lost, run_tasks
 from data.video import VideoInfo, VideoReader, VideoReadError, clip_times
+from data.video_file import one_line
 
 _MAX_NAMED = 5  # examples of each surprise
 _ENDS = 1 << 16  # bytes at either end of a file that are compared
@@ -293,7 +294,7 @@ def check_manifest(
         found.drop(reason)
     for line, reason in manifest.dropped:
         say(f"dropped  line {line}: {reason}")
-        found.drop(reason.rpartition(": ")[2])
+        found.drop(reason.partition(": ")[2])
     pieces = (
         Piece(manifest.locate(row), row.start or 0.0, row.end, row.crop) for row in manifest.rows
     )
@@ -321,7 +322,7 @@ def _before(manifest: Manifest) -> int:
 def _judge(found: Findings, row: int, outcome: Verdict | Lost, say: Callable[[str], None]) -> None:
     """Says what came of a row, and adds it up."""
     verdict = Verdict(outcome.reason) if isinstance(outcome, Lost) else outcome
-    path, line = found.manifest.rows[row].path, found.manifest.lines[row]
+    path, line = one_line(found.manifest.rows[row].path), found.manifest.lines[row]
     if verdict.reason:
         found.drop(verdict.reason)
         say(f"dropped  line {line}: {path}: {verdict.reason}")

@@ -22,6 +22,7 @@ from data.manifest import Manifest
 from data.order import BucketOrder, SampleOrder, UniformOrder
 from data.randomness import numpy_generator
 from data.video import Backend, VideoReadError, read_clip
+from data.video_file import one_line
 
 _log = logging.getLogger(__name__)
 
@@ -89,9 +90,10 @@ class ClipRequest:
     @property
     def name(self) -> str:
         """The clip, for people: pieces of one file are different clips."""
+        path = one_line(self.path)
         if not self.start and self.end is None:
-            return self.path
-        return f"{self.path} [{self.start:g}, {'end' if self.end is None else f'{self.end:g}'}]"
+            return path
+        return f"{path} [{self.start:g}, {'end' if self.end is None else f'{self.end:g}'}]"
 
     def read(self) -> torch.Tensor:
         """The video, uint8 (3 f h w).

@@ -36,8 +36,18 @@ from pydantic_core import PydanticCustomError
 
 from data.images import is_image_path
 from data.manifest_formats import known_suffix, read_records, write_manifest
+from data.video_file import one_line
 
-__all__ = ["Manifest", "Place", "PlaceField", "Row", "Rows", "as_place", "read_manifest", "write_manifest"]
+__all__ = [
+    "Manifest",
+    "Place",
+    "PlaceField",
+    "Row",
+    "Rows",
+    "as_place",
+    "read_manifest",
+    "write_manifest",
+]
 
 _log = logging.getLogger(__name__)
 _DROPPED = "dropped: "
@@ -313,7 +323,7 @@ def _understand(found: str | dict[str, Any] | bytes) -> tuple[Row | None, bytes,
     if not keep:
         reasons = record.get("drop_reasons") or ["no reason given"]
         text = "; ".join(map(str, reasons)) if isinstance(reasons, list) else str(reasons)
-        return None, b"", f"{_DROPPED}{record.get('path')}: {text}"
+        return None, b"", f"{_DROPPED}{one_line(str(record.get('path')))}: {text}"
     try:
         row = Row.model_validate(record)
     except ValidationError as error:

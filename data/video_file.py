@@ -24,13 +24,18 @@ T = TypeVar("T")
 _TRIES = 3
 
 
+def one_line(path: str) -> str:
+    """A path for people, in one line: names may hold line ends and worse."""
+    return path if path.isprintable() else repr(path)[1:-1]
+
+
 class VideoReadError(ValueError):
     """A file, or the asked-for piece of it, that cannot be read: `path` and a one-line `reason`."""
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
         self.path = os.fspath(path)
         self.reason = " ".join(reason.split())
-        super().__init__(f"cannot read {self.path}: {self.reason}")
+        super().__init__(f"cannot read {one_line(self.path)}: {self.reason}")
 
     def __reduce__(self) -> tuple[type[VideoReadError], tuple[str, str]]:
         return VideoReadError, (self.path, self.reason)

@@ -60,6 +60,15 @@ def turn(path: Path, matrix: tuple[int, int, int, int]) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def media_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of remote media, which otherwise is in the user's home."""
+    for name in ("ZOETROPE_CACHE_GB", "ZOETROPE_PATIENCE"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("ZOETROPE_CACHE", str(tmp_path / "media-cache"))
+    return tmp_path / "media-cache"
+
+
 @pytest.fixture
 def counting() -> Callable[..., np.ndarray]:
     return counting_frames

@@ -14,7 +14,7 @@ from data.ingest import ingest
 from data.ingest_config import Captioner, Prompt, load_ingest_config
 from data.video_write import write_video
 
-WORDS = "a clip of red blue green things that move left right up down Describe this video".split()
+WORDS = "a clip of red blue green things that move left right up down Describe this video"
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 SPECIAL += [f"<|{name}|>" for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
 CHAT = (
@@ -25,7 +25,7 @@ CHAT = (
 
 
 def make_tokenizer():
-    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *WORDS.split()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
@@ -163,6 +163,7 @@ def tasks(tmp_path_factory, pan):
         write_video(path, pan(k, 20), fps=10)
         task = {"path": str(path), "start": 0.0, "end": 2.0, "is_image": False}
         found.append(task | {"width": 160, "height": 96})
+    found[1]["crop"] = [0, 0, 30, 30]  # of fewer tokens than the others, where sizes differ
     return found
 
 
@@ -233,8 +234,9 @@ def test_ingest_captions_what_has_none(tmp_path, llava, pan):
         write_video(src / f"{k}.mp4", pan(30 + k, 20), fps=10)
     (src / "0.txt").write_text("by hand")
     write_video(src / "short.mp4", pan(40, 5), fps=10)
-    overrides = ["filters.min_sharpness=null", "filters.min_height=64", "captions.captioner="
-                 f"{{model: {llava}, num_frames: 2, device: cpu, prompts: [{{max_new_tokens: 4}}]}}"]  # fmt: skip
+    how = f"{{model: {llava}, num_frames: 2, device: cpu, prompts: [{{max_new_tokens: 4}}]}}"
+    overrides = ["filters.min_sharpness=null", "filters.min_height=64"]
+    overrides.append(f"captions.captioner={how}")
 
     def rows(*more):
         config = load_ingest_config(None, [*overrides, *more])

@@ -144,7 +144,8 @@ def test_what_may_surprise_is_said(folder):
         "fps in the manifest is not that of the file: 1 of the kept ones (line 1)",
         "duration in the manifest is not that of the file: 1 of the kept ones (line 1)",
         "height in the manifest is not that of the file: 1 of the kept ones (line 2)",
-        "the same piece of the same file, or of a copy of it, as a row before: 1 of the kept ones (line 2)",
+        "the same piece of the same file, or of a copy of it, as a row before: 1 of the kept ones "
+        "(line 2)",
         "captions longer than the text encoder's 77 tokens: 2 of the kept ones (lines 1, 2); 30 of all "
         "190 tokens are lost",
     ]

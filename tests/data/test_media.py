@@ -1,15 +1,11 @@
 import errno
+import importlib.util
 import io
 import logging
-import multiprocessing
 import os
-import socket
 import sys
 import tarfile
-import threading
 import time
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -19,24 +15,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import media, media_cache, media_errors, media_store
+from data import media, media_store
 from data.images import is_image_path
 from data.media import LocalMedia, Piece, configure, find_media, list_media, local_copy
-from data.media_cache import MediaCache
-from data.media_errors import may_pass, retrying
 from data.media_store import read_bytes
 from data.video import VideoReader, VideoReadError, probe
 
+DECORD = importlib.util.find_spec("decord") is not None
+
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    for name in ("ZOETROPE_CACHE", "ZOETROPE_CACHE_GB", "ZOETROPE_PATIENCE"):
-        monkeypatch.setenv(name, "")
+def cache(media_cache, monkeypatch):
     monkeypatch.setattr(media_store, "_FRESH_SECONDS", 0)
     media_store._known.clear()
     media._warned.clear()
-    configure(tmp_path / "cache", patience=20)
-    return tmp_path / "cache"
+    configure(patience=20)
+    return media_cache
 
 
 @pytest.fixture
@@ -108,7 +102,7 @@ def test_members_of_a_local_shard_are_read_in_place(tmp_path, make_video, cache)
     pieces = shard(folder / "00000.tar", members)
     for path in videos:
         assert np.array_equal(frames(pieces[path.name]), frames(path))
-        if "decord" in sys.modules:
+        if DECORD:
             with VideoReader(pieces[path.name]) as piece, VideoReader(path) as whole:
                 assert piece.backend == whole.backend
                 assert np.array_equal(piece.read_at([0.3]), whole.read_at([0.3]))
@@ -143,7 +137,7 @@ def test_a_url_is_read_through_the_cache_by_any_backend(memory, make_video, cach
     memory.pipe("/b/a.mp4", path.read_bytes())
     assert np.array_equal(frames("memory://b/a.mp4"), frames(path))
     assert list(cached(cache).values()) == [path.stat().st_size]
-    if "decord" in sys.modules:
+    if DECORD:
         with VideoReader("memory://b/a.mp4") as reader:
             assert reader.backend == "decord"
     assert len(cached(cache)) == 1
@@ -238,111 +232,6 @@ def test_a_cache_that_cannot_be_written_is_got_round(memory, make_video, tmp_pat
     assert "not from the cache" in caplog.text
 
 
-def test_what_is_interrupted_leaves_nothing(tmp_path):
-    cache = MediaCache(tmp_path, 1000)
-
-    def interrupted(path):
-        assert ledger(tmp_path) == 700, "reserved before anything is fetched"
-        Path(path).write_bytes(b"12")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        cache.add("abc.mp4", 700, interrupted)
-    assert (cached(tmp_path), ledger(tmp_path), cache.find("abc.mp4")) == ({}, 0, None)
-
-
-def test_what_a_killed_process_left_is_cleared_away(tmp_path):
-    cache = MediaCache(tmp_path, 1000)
-    cache.add("aa.mp4", 400, lambda path: Path(path).write_bytes(b"a" * 400))
-    left = tmp_path / "bb" / "bb.mp4.500.0123.partial"
-    left.parent.mkdir()
-    left.write_bytes(b"b" * 10)
-    (tmp_path / "ledger").write_text("900\n")  # as it had reserved them
-    os.utime(left, (1, 1))
-    cache.add("cc.mp4", 400, lambda path: Path(path).write_bytes(b"c" * 400))
-    assert set(cached(tmp_path)) == {"aa.mp4", "cc.mp4"}
-    assert ledger(tmp_path) == 800
-
-
-def test_a_lost_ledger_is_counted_again(tmp_path):
-    cache = MediaCache(tmp_path, 1000)
-    cache.add("aa.mp4", 400, lambda path: Path(path).write_bytes(b"a" * 400))
-    (tmp_path / "ledger").write_text("")
-    cache.add("bb.mp4", None, lambda path: Path(path).write_bytes(b"b" * 300))
-    assert ledger(tmp_path) == 700
-
-
-def fill(folder, number, seen):
-    """Reads files from a slow source through the cache, and watches how full it is."""
-    cache = MediaCache(folder, 50_000)
-    for step in range(60):
-        k = (7 * step * (number + 1) + number) % 20
-        name, data = f"{k:02d}{k:02d}.bin", bytes([k]) * 10_000
-
-        def fetch(path, data=data):
-            time.sleep(0.001)
-            Path(path).write_bytes(data)
-
-        for _ in range(100):
-            try:
-                assert (
-                    Path(cache.find(name) or cache.add(name, len(data), fetch)).read_bytes() == data
-                )
-                break
-            except FileNotFoundError:  # thrown out just before it was opened
-                continue
-        seen.put(sum(size for size in cached_sizes(folder)))
-
-
-def cached_sizes(folder):
-    for path in folder.glob("??/*"):
-        try:
-            yield path.stat().st_size
-        except FileNotFoundError:
-            continue
-
-
-def test_processes_share_a_cache(tmp_path):
-    context = multiprocessing.get_context("fork")
-    seen = context.SimpleQueue()
-    processes = [context.Process(target=fill, args=(tmp_path, n, seen)) for n in range(2)]
-    for process in processes:
-        process.start()
-    sizes = [seen.get() for _ in range(120)]
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert 30_000 <= max(sizes) <= 60_000, "never above the bound by more than one file"
-    assert sum(cached(tmp_path).values()) == ledger(tmp_path)
-    assert not [name for name in cached(tmp_path) if name.endswith("partial")]
-
-
-def test_the_ledger_is_changed_by_one_at_a_time(tmp_path, monkeypatch):
-    cache = MediaCache(tmp_path, 10**6)
-    rewrite, inside, most = media_cache._rewrite, [], []
-
-    def slow(file, text):
-        inside.append(1)
-        most.append(len(inside))
-        time.sleep(0.002)
-        rewrite(file, text)
-        inside.pop()
-
-    def add(number):
-        for k in range(4):
-            cache.add(f"{k}{number}.bin", 10, lambda path: Path(path).write_bytes(b"x" * 10))
-
-    cache.add("first.bin", 10, lambda path: Path(path).write_bytes(b"x" * 10))
-    monkeypatch.setattr(media_cache, "_rewrite", slow)
-    threads = [threading.Thread(target=add, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert max(most) == 1
-    assert ledger(tmp_path) == sum(cached(tmp_path).values()) == 170
-
-
 @pytest.mark.parametrize("max_bytes", [0, 10**6])
 def test_an_answer_that_is_cut_off_is_asked_for_again(
     memory, make_video, tmp_path, monkeypatch, max_bytes
@@ -371,199 +260,13 @@ def test_an_answer_that_is_cut_off_is_asked_for_again(
     assert len(cut) > 3
 
 
-# HTTP
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    """Python's own: without ranges."""
-
-    requests: list[str]
-
-    def log_message(self, *_):
-        pass
-
-    def send_head(self):
-        type(self).requests.append(self.headers.get("Range", ""))
-        return super().send_head()
-
-
-class Ranged(Quiet):
-    def do_GET(self):
-        wanted = self.headers.get("Range")
-        if not wanted:
-            return super().do_GET()
-        type(self).requests.append(wanted)
-        start, end = (int(n) for n in wanted.removeprefix("bytes=").split("-"))
-        data = Path(self.translate_path(self.path)).read_bytes()
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
-        self.send_header("Content-Length", str(end + 1 - start))
-        self.end_headers()
-        self.wfile.write(data[start : end + 1])
-        return None
-
-
-@pytest.fixture
-def serve(tmp_path):
-    """serve(handler) -> the URL of a folder, which is tmp_path / "www" """
-    (tmp_path / "www").mkdir()
-    servers = []
-
-    def start(handler):
-        handler.requests = []
-        server = ThreadingHTTPServer(
-            ("127.0.0.1", 0), partial(handler, directory=str(tmp_path / "www"))
-        )
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-
-
-@pytest.mark.parametrize("handler", [Quiet, Ranged])
-def test_http_with_and_without_ranges(serve, handler, make_video, tmp_path, cache):
-    pytest.importorskip("aiohttp")
-    a, b = make_video("a.mp4"), make_video("b.mp4", num_frames=15)
-    pieces = shard(tmp_path / "www" / "0.tar", {p.name: p.read_bytes() for p in (a, b)})
-    (tmp_path / "www" / "a.mp4").write_bytes(a.read_bytes())
-    url = serve(handler)
-    assert np.array_equal(frames(f"{url}/a.mp4"), frames(a))
-    for path in (a, b):
-        piece = pieces[path.name].replace(str(tmp_path / "www"), url)
-        assert np.array_equal(frames(piece), frames(path))
-    names = sorted(cached(cache).values())
-    small = sorted([a.stat().st_size] * 2 + [b.stat().st_size])
-    whole = [a.stat().st_size, (tmp_path / "www" / "0.tar").stat().st_size]
-    # Pieces by themselves where that is possible; otherwise the shard that they are in.
-    assert names == (small if handler is Ranged else sorted(whole))
-    for name in ("x", "y"):  # of one size and time
-        (tmp_path / "www" / f"{name}.bin").write_text(name)
-        os.utime(tmp_path / "www" / f"{name}.bin", (1, 1))
-        with find_media(f"{url}/{name}.bin").open() as file:
-            assert file.read() == name.encode()
-    configure(max_bytes=100)
-    piece = pieces["b.mp4"].replace(str(tmp_path / "www"), url)
-    if handler is Ranged:
-        assert np.array_equal(frames(piece), frames(b))
-    else:
-        with pytest.raises(VideoReadError, match="does not send parts of files"):
-            VideoReader(piece)
-    with pytest.raises(VideoReadError, match="no such file"):
-        VideoReader(f"{url}/none.mp4")
-
-
-def test_http_errors_pass_or_do_not(serve, make_video, tmp_path):
-    pytest.importorskip("aiohttp")
-
-    class Unwell(Quiet):
-        answers: list[int]
-
-        def send_head(self):
-            if not self.answers:
-                return super().send_head()
-            self.requests.append("")
-            self.send_error(self.answers.pop(0))
-            return None
-
-    path = make_video("a.mp4")
-    (tmp_path / "www" / "a.mp4").write_bytes(path.read_bytes())
-    url = serve(Unwell)
-    Unwell.answers = [503, 503, 429, 500]
-    assert np.array_equal(frames(f"{url}/a.mp4"), frames(path))
-    asked = len(Unwell.requests)
-    Unwell.answers = [403] * 9
-    (tmp_path / "www" / "b.mp4").write_bytes(b"x")
-    with pytest.raises(VideoReadError, match="not allowed"):
-        VideoReader(f"{url}/b.mp4")
-    assert len(Unwell.requests) - asked <= 2
-
-
-def test_http_folders_are_listed_if_their_server_can_be_reached(serve, tmp_path):
-    pytest.importorskip("aiohttp")
-    for name in ("a.mp4", "d/b c.mp4"):
-        path = tmp_path / "www" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(name)
-    url = serve(Quiet)
-    found = [name for name, _ in list_media(url)]
-    assert found == [f"{url}/a.mp4", f"{url}/d/b%20c.mp4"]
-    assert [read_bytes(name) for name in found] == [b"a.mp4", b"d/b c.mp4"]
-    configure(patience=0)
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}/x"
-        with pytest.raises(OSError, match=r"http.*/x: .*\(tried once\)"):
-            list(list_media(url))
-        with pytest.raises(VideoReadError, match=r"Connect.*\(tried once\)"):
-            VideoReader(url)
-
-
-# Trying again
-
-
-class Answered(Exception):
-    def __init__(self, status):
-        self.status = status
-
-
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_some_statuses_pass(status):
-    error = FileNotFoundError("as fsspec has it")
-    error.__cause__ = Answered(status)
-    assert may_pass(error)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        *(Answered(404), Answered(403), Answered(400), OSError(errno.ENOSPC, "full"), KeyError()),
-        *(FileNotFoundError(), PermissionError(), ValueError(), IsADirectoryError()),
-    ],
-)
-def test_others_do_not(error):
-    assert not may_pass(error)
-
-
-@pytest.mark.parametrize(
-    "error", [TimeoutError(), ConnectionResetError(), OSError(errno.EIO, ""), BrokenPipeError()]
-)
-def test_broken_connections_pass(error):
-    assert may_pass(error)
-
-
-def test_pauses_grow_and_patience_ends(monkeypatch):
-    clock, pauses = [0.0], []
-
-    def sleep(seconds):
-        pauses.append(seconds)
-        clock[0] += seconds
-
-    monkeypatch.setattr(media_errors.time, "sleep", sleep)
-    monkeypatch.setattr(media_errors.time, "monotonic", lambda: clock[0])
-
-    def fails():
-        raise ConnectionResetError(errno.ECONNRESET, "reset\nby peer")
-
-    with pytest.raises(OSError, match=r"^reset by peer \(tried 1\d times in 1\d\d s\)$"):
-        retrying(fails, "test", 120)
-    for k, pause in enumerate(pauses):
-        usual = min(0.25 * 2**k, 20)
-        assert usual / 2 <= pause <= usual
-    assert clock[0] <= 120
-    with pytest.raises(OSError, match=r"\(tried once\)$"):
-        retrying(fails, "test", 0)
+# The rest
 
 
 def test_an_extra_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(VideoReadError, match=r"pip install 'zoetrope\[s3\]'"):
         VideoReader("s3://b/a.mp4")
-
-
-# The rest
 
 
 def test_a_listing(memory):

@@ -102,7 +102,7 @@ def local(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def s3(server, local, tmp_path, monkeypatch):
+def s3(server, local, monkeypatch):
     """The server as everything finds it, with the clips in s3://clips/all."""
     server.heal()
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
@@ -111,9 +111,7 @@ def s3(server, local, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # what is tried again is tried by us
     monkeypatch.setattr(media_errors, "_FIRST_PAUSE", 0.05)
-    for name in ("ZOETROPE_CACHE", "ZOETROPE_CACHE_GB", "ZOETROPE_PATIENCE"):
-        monkeypatch.setenv(name, "")
-    configure(tmp_path / "cache", patience=60)
+    configure(patience=60)
     filesystem, _ = media_store._filesystem("s3://clips")
     if not filesystem.exists("clips"):
         filesystem.mkdir("clips")

@@ -189,5 +189,4 @@ def test_flipped_bit_is_noticed_when_it_is_read(data, vae, tmp_path):
     latent_cache.open_shard.cache_clear()
     cached = dataset(cache)
     with pytest.raises(ValueError, match=r"shard-00000\.safetensors is damaged; delete"):
-        for g in range(12):
-            cached[g]
+        [cached[g] for g in range(12)]
