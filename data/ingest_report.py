@@ -80,7 +80,7 @@ def write_report(
     )
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(page, encoding="utf-8", errors="replace")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

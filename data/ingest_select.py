@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -148,4 +149,6 @@ def manifest_row(record: Record) -> Record:
     row["drop_reasons"] = record["drop_reasons"]
     row |= {name: record[name] for name in COLUMNS if record.get(name) is not None}
     others = {name: v for name, v in record.get("row", {}).items() if name not in row}
-    return row | {name: v for name, v in others.items() if name != "caption"}
+    text = json.dumps(row | others, ensure_ascii=False)
+    # Half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes a question mark.
+    return json.loads(text.encode("utf-8", "replace"))

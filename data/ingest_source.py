@@ -3,6 +3,8 @@ beside them."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import stat
 from collections import Counter
@@ -50,20 +52,25 @@ def find_source(src: str, out: Path) -> Source:
 
     Args:
         src: a folder, a media file, a .jsonl, .csv or .parquet manifest with a column `path`, or
-            the URL of a folder that fsspec can list.
+            the URL of a manifest, or of a folder that fsspec can list.
         out: where the results go; it is left out when it lies inside `src`.
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: there is nothing in it to ingest.
     """
-    if "://" in src:
+    if "://" in src and src.lower().endswith(MANIFEST_SUFFIXES):
+        from data.media import local_copy
+
+        with local_copy(src) as path:
+            source = _from_manifest(Path(path), src)
+    elif "://" in src:
         source = _from_listing(_listed(src), str(src))
     elif os.path.isdir(src):
         source = _from_folder(os.path.abspath(src), out)
     elif not os.path.exists(src):
         raise FileNotFoundError(f"nothing at {src}: expected a folder, a media file or a manifest")
     elif src.lower().endswith(MANIFEST_SUFFIXES):
-        source = _from_manifest(Path(src))
+        source = _from_manifest(Path(src), src)
     else:
         source = _from_folder(os.path.dirname(os.path.abspath(src)), out, only=src)
     if not source.files:
@@ -153,7 +160,7 @@ def _version(path: str) -> str:
     try:
         # A piece of a tar shard is of the same version as the shard.
         status = os.stat(path if os.path.exists(path) else path.rpartition("#")[0])
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return ""
     return f"{status.st_size}-{status.st_mtime_ns}"
 
@@ -197,17 +204,26 @@ def _pair(source: Source, media: list[tuple[str, str]], found: dict[str, str]) -
             source.skipped.append((path, reason))
 
 
-def _from_manifest(path: Path) -> Source:
-    """A record per row; a row that cannot be used is skipped, and named by its line."""
+def _from_manifest(path: Path, name: str) -> Source:
+    """A record per row; a row that cannot be used is skipped, and named by its line.
+
+    Args:
+        path: a local file with what the manifest says.
+        name: the manifest's own path or URL, from where its paths start.
+    """
     source = Source()
-    for line, found in read_records(path, str(path)):
-        where = f"{path}, line {line}"
+    folder = name.rpartition("/")[0] if "://" in name else os.path.dirname(name)
+    for line, found in read_records(path, name):
+        where = f"{name}, line {line}"
         row = _as_row(found)
         if isinstance(row, str):
             source.skipped.append((where, row))
             continue
-        name = row.pop("path")
-        place = name if "://" in name else os.path.abspath(path.parent / name)
+        place = row.pop("path")
+        if "://" not in place:
+            place = f"{folder}/{place}" if "://" in folder else os.path.join(folder, place)
+        if "://" not in place:
+            place = os.path.abspath(place)
         record: Record = {"path": place, "version": _version(place), "sidecars": []}
         for key in ("start", "end"):
             if row.get(key) is not None:
@@ -228,9 +244,6 @@ def _beside(place: str) -> list[list[str]]:
 
 def _as_row(found: Any) -> Record | str:
     """A manifest's row without its missing values, or what is wrong with it."""
-    import json
-    import math
-
     if isinstance(found, bytes):
         try:
             found = json.loads(found.decode("utf-8-sig"))
@@ -245,6 +258,7 @@ def _as_row(found: Any) -> Record | str:
         for key, value in found.items()
         if value is not None and not (isinstance(value, float) and math.isnan(value))
     }
+    row = json.loads(json.dumps(row, default=str))  # Parquet has dates and bytes
     if not isinstance(row.get("path"), str) or not row["path"]:
         return "no path"
     for key in ("start", "end"):

@@ -176,7 +176,7 @@ class TaskPool:
         with interrupts_deferred():
             process = context.Process(
                 target=_work,
-                args=(theirs, self.function, self.memory_limit, self.signals),
+                args=(theirs, self.function, self.memory_limit, self.signals, dict(os.environ)),
                 daemon=True,
             )
             process.start()
@@ -286,8 +286,10 @@ def _work(
     function: Callable[[Any, Note], Any],
     memory_limit: float | None,
     signals: tuple[int, ...],
+    environment: dict[str, str],
 ) -> None:
     """What a worker does: tasks from the pipe, until its other end is closed."""
+    os.environ.update(environment)  # the server that forked it has that of its own start
     for number in (signal.SIGINT, *signals):
         signal.signal(number, signal.SIG_IGN)
 

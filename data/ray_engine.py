@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
+import re
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,12 +47,14 @@ def ray_engine(address: str | None, workers: int | None) -> Iterator[Callable[..
 
 
 def _connect(ray: Any, address: str | None, workers: int | None) -> None:
-    import os
-
-    if address is not None or os.environ.get("RAY_ADDRESS"):
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is not None:
         try:
+            place = re.fullmatch(r"(?:ray://)?\[?([^/\]]+)\]?:(\d+)", address)
+            if place is not None:  # Ray itself would try for minutes
+                socket.create_connection((place[1], int(place[2])), timeout=10).close()
             ray.init(address=address, log_to_driver=False)
-        except ConnectionError as error:
+        except OSError as error:  # ConnectionError is one
             raise ConnectionError(f"--address {address}: no Ray cluster answers there") from error
         return
     ray.init(

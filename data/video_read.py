@@ -40,6 +40,7 @@ Backend = Literal["auto", "decord", "pyav"]
 
 # Decoding this much further is quicker than a seek, which starts over from a keyframe.
 _SEEK_AHEAD = 2.0
+_MAX_FRAMES = 2 * 10**7  # a week of video
 
 
 class _PyAVSource:
@@ -330,10 +331,16 @@ class VideoReader:
 
         Returns:
             Seconds in [0, duration), ascending, (f,); evenly spaced where packets are not frames.
+        Raises:
+            VideoReadError: the packets cannot be read, or the header is absurd.
         """
         times = None if isinstance(self._exact, ImageSource) else self._exact.packet_times()
         if times is None:
-            times = np.arange(max(1, round(self.info.duration * self.info.fps))) / self.info.fps
+            count = max(1, round(self.info.duration * self.info.fps))
+            if count > _MAX_FRAMES:
+                reason = f"its header promises {count} frames, which cannot be: it is damaged"
+                raise VideoReadError(self.info.path, reason)
+            times = np.arange(count) / self.info.fps
         return times[(times >= 0) & (times < self.info.duration)]
 
     def verify(self, start: float = 0.0, end: float | None = None) -> int:

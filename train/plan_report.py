@@ -192,9 +192,12 @@ def _about_work(recipe: Recipe, model: Model, layout: Layout) -> list[str]:
         total, trained = count_parameters(part)
         lines.append(f"  {name:22}{total:18,}{trained:18,}")
     work, train, mode = model.work, model.config.train, layout.activation_checkpointing
-    clips = ", ".join(size_name(size) for size in model.config.data.sizes)
-    mean = " in the mean" if len(model.config.data.sizes) > 1 else ""
-    samples = "packed rows" if model.config.data.packing else "samples"
+    data = model.config.data
+    clips = ", ".join(size_name(size) for size in data.sizes)
+    if data.native is not None:
+        clips = f"{len(data.sizes)} native sizes beside {size_name(data.base_size)}"
+    mean = " in the mean" if len(data.sizes) > 1 else ""
+    samples = "packed rows" if data.packing else "samples"
     vae = f", of which {flops(work.encoding)} in the frozen VAE" if work.encoding else ""
     both = work.forward + work.backward
     return [

@@ -242,9 +242,10 @@ def describe_run(config: RunConfig, state: TrainState, ranks: Ranks, start_step:
     if ranks.mesh is not None and ranks.world_size > 1:
         sizes = dict(zip(AXES, ranks.mesh.shape))
         spread = f" ({' x '.join(f'{name} {n}' for name, n in sizes.items() if n > 1)})"
+    rows = " packed rows" if config.data.packing else ""
     return (
         f"{config.out}: {sum(p.numel() for p in state.trained.values()):,} parameters, "
-        f"{resumed}steps {start_step} to {train.steps}, batch {train.batch_size} = "
+        f"{resumed}steps {start_step} to {train.steps}, batch {train.batch_size}{rows} = "
         f"{ranks.num_data_ranks} x {train.grad_accum} x {micro}, {train.dtype} on "
         f"{ranks.device.type} in {processes}{spread}, {torch.get_num_threads()} threads each"
     )

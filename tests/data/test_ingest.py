@@ -409,6 +409,26 @@ def test_a_bucket_as_source(tmp_path, pan):
     assert row["path"] == "memory:///ingest/deep/a.mp4"
     assert (row["caption"], row["keep"]) == ("in a bucket", True)
     assert [reason for _, reason in result.source.skipped] == ["neither video nor image"]
+    rows = b'{"path": "deep/a.mp4", "caption": "in a list"}\n'
+    files.pipe_file("/ingest/list.jsonl", rows)
+    result = ingest("memory://ingest/list.jsonl", tmp_path / "other", config(), workers=0)
+    (row,) = rows_of(result)
+    assert row["path"] == "memory://ingest/deep/a.mp4"
+    assert (row["caption"], row["keep"]) == ("in a list", True)
+
+
+def test_odd_values_of_a_manifest_stop_nothing(tmp_path, pan):
+    put(tmp_path / "a.mp4", pan(1, 30), None)
+    (tmp_path / "a.json").write_text('"half a pair \\ud83d"')
+    lines = ['{"path": "a.mp4", "note": "\\udc00", "score": NaN, "deep": {"x": [1, null]}}']
+    lines += ['{"path": "nul\\u0000.mp4", "caption": "x"}', '{"path": "\\ud800.mp4"}', "[1]"]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    result = ingest(str(tmp_path / "list.jsonl"), tmp_path / "out", config(), workers=1)
+    rows = rows_of(result)
+    assert [row["keep"] for row in rows] == [True, False, False]
+    assert rows[0]["caption"] == "half a pair ?"
+    assert (rows[0]["note"], rows[0]["deep"]) == ("?", {"x": [1, None]})
+    assert all("not readable" in kinds(row) for row in rows[1:])
 
 
 def test_results_inside_the_source_are_not_ingested(tmp_path, pan):

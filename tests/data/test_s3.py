@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from data import media_errors, media_store
-from data.dataset import ClipDataset, StepSampler, collate
+from data.dataset import ClipDataset, StepSampler
+from data.loader import ClipLoader
 from data.manifest import read_manifest, write_manifest
 from data.media import configure, list_media
 from data.media_store import read_bytes
@@ -124,14 +124,10 @@ def s3(server, local, monkeypatch):
 def samples(manifest, num_workers=0):
     """All samples of an epoch: by row, video and caption; each once."""
     dataset = ClipDataset(manifest, **SIZE, seed=0, backend="pyav")
-    loader = DataLoader(
-        dataset,
-        batch_sampler=StepSampler(6, grad_accum=1, rank=0, world_size=1),
-        num_workers=num_workers,
-        multiprocessing_context="fork" if num_workers else None,
-        collate_fn=collate,
-    )
-    batches = list(itertools.islice(loader, NUM_CLIPS // 6))
+    sampler = StepSampler(6, grad_accum=1, rank=0, world_size=1)
+    items = iter(ClipLoader(dataset, sampler, workers=num_workers))
+    batches = list(itertools.islice(items, NUM_CLIPS // 6))
+    items.close()
     assert not [bad for batch in batches for bad in batch["bad"]]
     rows = [row for batch in batches for row in batch["rows"]]
     assert sorted(rows) == list(range(NUM_CLIPS)), "each once"

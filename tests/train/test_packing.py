@@ -262,6 +262,17 @@ def test_the_loss_is_the_mean_over_the_clips_of_a_step(room, recipe, tmp_path, c
         assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["native", "packed"])
+def test_a_cache_holds_each_row_in_its_own_size(room, tmp_path, changes, kind):
+    options = changes(kind, steps=5)
+    options["data"]["random_start"] = False
+    from_video = room.train(tmp_path / "video", "dit", **options)
+    cache = {"latent_cache": str(tmp_path / "latents"), "cache_dtype": "float32"}
+    cached = room.train(tmp_path / "cached", "dit", **options, recipe=cache)
+    left, right = ([row["loss"] for row in rows_of(out)] for out in (from_video, cached))
+    assert right == pytest.approx(left, rel=1e-4)
+
+
 # Plans and refusals
 
 
