@@ -233,8 +233,6 @@ class SizesOfRun(Protocol):
     def fps(self) -> float: ...
     @property
     def native(self) -> object | None: ...
-    @property
-    def buckets(self) -> Sequence[object]: ...
 
 
 def row_sizes(manifest: Manifest, data: SizesOfRun) -> np.ndarray:
@@ -250,11 +248,9 @@ def row_sizes(manifest: Manifest, data: SizesOfRun) -> np.ndarray:
         raise ValueError(
             "data.buckets may draw a row in several sizes; use data.native, where each row has one"
         )
-    of_row = np.zeros(len(manifest.rows), np.int64)
-    if data.buckets:
-        (bucket,) = bucket_rows(manifest, data.sizes, data.fps)
-        of_row[:] = -1
-        of_row[bucket.rows] = 0
+    (bucket,) = bucket_rows(manifest, data.sizes, data.fps)
+    of_row = np.full(len(manifest.rows), -1, np.int64)
+    of_row[bucket.rows] = 0
     return of_row
 
 

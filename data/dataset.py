@@ -168,7 +168,7 @@ class ClipDataset(Dataset[Sample]):
             order = BucketOrder(rows, dict.fromkeys(rows, batch_size), seed, buckets)
         if order is None:
             size = (num_frames, height, width)
-            order = UniformOrder(len(manifest.rows), size, batch_size or 1, seed)
+            order = UniformOrder(range(len(manifest.rows)), size, batch_size or 1, seed)
         self.order = order
 
     def __len__(self) -> int:
@@ -352,7 +352,7 @@ class StepSampler:
             )
         order = batch_size
         if isinstance(order, int):
-            order = UniformOrder(0, (1, 1, 1), order, seed=0)
+            order = UniformOrder((), (1, 1, 1), order, seed=0)
         order.check(world_size, grad_accum)
         self._order, self._grad_accum, self._rank = order, grad_accum, rank
         self._world_size, self._start_step = world_size, start_step

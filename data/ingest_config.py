@@ -95,7 +95,7 @@ class Duplicates(_Section):
         clip: embeddings to compare as well.
     """
 
-    max_distance: float | None = Field(default=6.0, ge=0, lt=32)
+    max_distance: float | None = Field(default=8.0, ge=0, lt=32)
     clip: Clip | None = None
 
 

@@ -77,13 +77,15 @@ class UniformOrder(SampleOrder):
     """One size, and a number of samples a step; each epoch is a permutation of the rows.
 
     Args:
-        num_rows: of the manifest.
+        rows: of the manifest, that samples are of.
         batch_size: samples per step, over all ranks and micro-batches.
     """
 
-    def __init__(self, num_rows: int, size: Size, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, rows: Sequence[int] | np.ndarray, size: Size, batch_size: int, seed: int
+    ) -> None:
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.rows = {size: range(num_rows)}
+        self.rows = {size: rows}
 
     def first(self, step: int) -> int:
         return step * self.batch_size

@@ -80,15 +80,12 @@ class TrainingClips(ClipDataset):
 
 
 def rows_of_one_size(manifest: Manifest, data: DataConfig) -> Sequence[int]:
-    """The rows for clips of data.num_frames, for validation and statistics: without buckets all of
-    them; beside buckets or native sizes, in what may be a mixed manifest, those that a bucket of that
-    size has.
+    """The rows for clips of data.num_frames, for validation and statistics: those that a bucket of
+    that size has.
 
     Raises:
         ValueError: there is none.
     """
-    if not data.buckets and data.native is None:
-        return range(len(manifest.rows))
     (bucket,) = bucket_rows(manifest, [data.base_size], data.fps)
     return bucket.rows.tolist()
 

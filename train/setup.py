@@ -48,7 +48,8 @@ def open_data(config: RunConfig) -> TrainData:
         validation = read_manifest(config.data.validation)
     for manifest in {id(m): m for m in (train, validation)}.values():
         manifest.warn_of_bad_rows(config.data.max_bad_share)
-    left_out(train, config)  # which finds a bucket without clips
+    if config.data.buckets or config.data.native is not None:
+        left_out(train, config)  # which finds a bucket without clips
     return TrainData(train, validation)
 
 

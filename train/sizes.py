@@ -31,7 +31,8 @@ def sample_order(manifest: Manifest, config: RunConfig, num_tokens: NumTokens) -
             advice="set train.batch_size, or that of data.buckets, to a multiple of {}",
         )
     if data.native is None:
-        return UniformOrder(len(manifest.rows), data.base_size, batch_size, seed)
+        (bucket,) = bucket_rows(manifest, [data.base_size], data.fps)
+        return UniformOrder(bucket.rows, data.base_size, batch_size, seed)
     rows = assign_rows(manifest, data.sizes, data.fps).rows()
     if data.packing is not None:
         tokens = {size: num_tokens(size) for size in rows}
@@ -93,11 +94,9 @@ def left_out(manifest: Manifest, config: RunConfig) -> list[str]:
         ValueError: a bucket has no row, or no row has a bucket.
     """
     data = config.data
-    if data.buckets:
+    if data.native is None:
         found = bucket_rows(manifest, data.sizes, data.fps)
         return [bucket.left_out() for bucket in found if bucket.left_out()]
-    if data.native is None:
-        return []
     assigned = assign_rows(manifest, data.sizes, data.fps)
     counts = assigned.left_out
     if not counts:
@@ -111,15 +110,16 @@ def describe_sizes(
     manifest: Manifest, config: RunConfig, order: SampleOrder, num_tokens: NumTokens
 ) -> list[str]:
     """A line a bucket: its share of the steps, its batch and tokens, its rows and how often a run sees
-    each of them; or, packed, a line a size. Then what is wasted, and which rows are left out. No line
-    for a run of one size.
+    each of them; or, packed, a line a size. Then what is wasted. For
+    every run, which rows are left out.
 
     Raises:
         ValueError: as `sample_order`.
     """
     data, steps = config.data, config.train.steps
+    missing = [f"{'left out':28}{line}" for line in left_out(manifest, config)]
     if isinstance(order, UniformOrder):
-        return []
+        return missing
     means, lines = order.mean_counts(), []
     clips = sum(means.values())
     for size in [size for size in data.sizes if size in means]:
@@ -141,7 +141,7 @@ def describe_sizes(
             f"{order.num_rows:,} rows an epoch)"
         )
     lines += describe_waste(manifest, config, order)
-    return lines + [f"{'left out':28}{line}" for line in left_out(manifest, config)]
+    return lines + missing
 
 
 def describe_waste(manifest: Manifest, config: RunConfig, order: SampleOrder) -> list[str]:

@@ -36,7 +36,7 @@ def orders(draw):
     kind = draw(st.sampled_from(["uniform", "given", "native", "packed"]))
     if kind == "uniform":
         (size, of_it), *_ = rows.items()
-        return UniformOrder(len(of_it), size, parts * draw(st.integers(1, 5)), seed), parts
+        return UniformOrder(range(len(of_it)), size, parts * draw(st.integers(1, 5)), seed), parts
     if kind == "packed":
         tokens = tokens_of(rows)
         budget = max(tokens.values()) + draw(st.integers(0, 20))

@@ -68,7 +68,7 @@ def test_a_config_says_how_clips_are_cut(room, tmp_path, capsys):
         (("--frames", "4"), "frames=4 does not fit the VAE"),
         (("--frames", "-1"), "num_frames: Input should be greater than 0, got -1"),
         (("--size", "15"), "height"),
-        (("--frames", "97"), "none of the 12 clips of"),
+        (("--frames", "97"), "12 of 12 rows are too short; add longer videos, or ask for fewer"),
     ],
 )
 def test_mistakes_with_latents_are_one_line(room, tmp_path, capsys, arguments, message):

@@ -96,7 +96,7 @@ def test_mismatch_names_the_part(data, vae, clips, tmp_path):
     make(data, vae, folder)
     make(data, vae, folder)  # the same again is fine
     with pytest.raises(ValueError, match=r"another transform.*delete the folder"):
-        make(data.model_copy(update={"fps": 4.0}), vae, folder)
+        make(data.model_copy(update={"fps": 10.0}), vae, folder)
     with pytest.raises(ValueError, match="another dtype"):
         make(data, vae, folder, "float16")
     with torch.no_grad():
