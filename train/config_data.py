@@ -102,8 +102,10 @@ class DataConfig(Section):
     fps: Annotated[float, Field(gt=0, le=1000)]
     num_workers: NonNegativeInt = 0  # loader processes per rank; 0 is quickest for cached latents
     prefetch: PositiveInt = 2  # micro-batches that they read ahead
-    file_seconds: PositiveFloat = 180.0  # after which a worker that reads a file is given up, with it
-    worker_memory_gb: PositiveFloat = 4.0  # that a worker may grow by before a fresh one replaces it
+    # Of workers: how long one may take for a file before it is given up, with the file; and by how
+    # much one may grow before a fresh one replaces it.
+    file_seconds: PositiveFloat = 180.0
+    worker_memory_gb: PositiveFloat = 4.0
     backend: Literal["auto", "decord", "pyav"] = "auto"  # decoder; auto: decord where it can read
     random_start: bool = True  # draw where in a longer file a clip lies; false: at its start, and
     memory_gb: NonNegativeFloat = 0.5  # then so much of the decoded clips is kept, per process

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -23,18 +23,17 @@ from dit.transformer import DiT
 from sample.model import Model, ModelInfo, load_model, save_model
 from sample.pipeline import MAX_BATCH_CELLS, TextToVideo
 from sample.processes import Ranks
-from train.clips import TrainingClips, read_rows, rows_of_one_size
+from train.clips import TrainingClips
 from train.config import RunConfig
 from train.config_recipes import DiTRecipeConfig
+from train.dit_validation import ValidationSet, read_validation, validate
 from train.latents import cached_latents
 from train.lora import add_adapters, check_objective, export_lora
 from train.packed import packed_batch, packed_losses
 from train.recipe import Batch, Recipe, TrainData, counted_noise, counted_uniform
 from train.text_checkpoint import load_text_weights
-from train.watchdog import beat
 
 _log = logging.getLogger(__name__)
-NUM_T_BINS = 10
 _CHUNK = 32  # clips per forward pass when validating or sampling; large ones are fewer
 
 
@@ -43,24 +42,6 @@ def strata(seed: int, step: int, batch_size: int) -> Tensor:
     """A permutation of range(batch_size): which stratum of t each sample of a step draws from."""
     order = numpy_generator(seed, "t-strata", step).permutation(batch_size)
     return torch.from_numpy(order)
-
-
-@dataclass(frozen=True)
-class ValidationSet:
-    """Manifest rows with their latents (n c f h w), and token ids (n m) of two captions each."""
-
-    rows: list[int]
-    latents: Tensor
-    ids: Tensor
-    shuffled_ids: Tensor
-
-    def parts(self, size: int) -> Iterator[ValidationSet]:
-        """Pieces of at most `size` clips."""
-        for first in range(0, len(self.rows), size):
-            cut = slice(first, first + size)
-            yield ValidationSet(
-                self.rows[cut], self.latents[cut], self.ids[cut], self.shuffled_ids[cut]
-            )
 
 
 def share_below(objective: Objective, t: float, num_tokens: int) -> float:
@@ -109,8 +90,8 @@ class DiTRecipe(Recipe):
         boundary = self._start.expert_boundary or 0.0
         self.t_range = (0.0, boundary) if low else (boundary, 1.0)
         self._t_shares: dict[int, tuple[float, float]] = {}
-        self._chunk = MAX_BATCH_CELLS // (clip.num_frames * clip.height * clip.width)
-        self._chunk = min(max(1, self._chunk), _CHUNK)
+        self.chunk = MAX_BATCH_CELLS // (clip.num_frames * clip.height * clip.width)
+        self.chunk = min(max(1, self.chunk), _CHUNK)
         self._token_ids: dict[str, Tensor] = {}
         self._validation: ValidationSet | None = None
 
@@ -217,7 +198,8 @@ class DiTRecipe(Recipe):
         return self.config.out / ("model" if self.options.lora is None else "lora")
 
     def load_validation(self) -> int:
-        return len(self._validation_set().rows)
+        self._validation = self._validation or read_validation(self)
+        return len(self._validation.rows)
 
     def blocks(self) -> list[nn.Module]:
         return list(self.dit.blocks)
@@ -334,63 +316,9 @@ class DiTRecipe(Recipe):
         pred = self.dit(x_t, self.objective.network_t(t), *self.text_states(batch))
         return self.objective.loss(pred, x_0, noise, t).mean(dim=1), {}
 
-    def _validation_set(self) -> ValidationSet:
-        """This rank's share, made when first asked for."""
-        if self._validation is None:
-            manifest, device = self.data.validation, self.ranks.device
-            fitting = rows_of_one_size(manifest, self.config.data)
-            fitting = fitting[: self.config.logging.num_val_clips]
-            count = len(fitting)
-            share = fitting[self.ranks.rank :: self.ranks.world_size]
-            rows, video = read_rows(manifest, share, self.config.data)
-            pieces = video.split(self._chunk)
-            parts = [self.encode(piece.to(device)) for piece in pieces if len(piece)]
-            latents = torch.cat([torch.empty(0, *self.latent_shape, device=device), *parts])
-            right = [manifest.rows[row].captions[0] for row in rows]
-            others = dict(zip(fitting, [*fitting[count // 2 :], *fitting[: count // 2]]))
-            wrong = [manifest.rows[others[row]].captions[0] for row in rows]
-            ids, shuffled_ids = (self.tokenize(texts).to(device) for texts in (right, wrong))
-            self._validation = ValidationSet(rows, latents, ids, shuffled_ids)
-        return self._validation
-
-    def _bin_t(self, k: int) -> float:
-        """The noise level in the middle of bin k."""
-        low, high = self.t_range
-        return low + (high - low) * (k + 0.5) / NUM_T_BINS
-
-    @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Per noise level, on noise that never changes: the loss, and the error of the predicted
-        x_0 with the right and with shuffled captions. Where the two part, the text is used."""
-        sums = torch.zeros(NUM_T_BINS, 4, dtype=torch.float64, device=self.ranks.device)
-        for k in range(NUM_T_BINS):
-            for part in self._validation_set().parts(self._chunk):
-                beat()
-                noise = counted_noise(
-                    0, f"validation-{k}", part.rows, self.latent_shape, self.ranks.device
-                )
-                x_0 = part.latents
-                t = torch.full_like(x_0[:, 0, 0, 0, 0], self._bin_t(k))
-                x_t, network_t = (
-                    self.objective.add_noise(x_0, noise, t),
-                    self.objective.network_t(t),
-                )
-                preds = [
-                    self.dit(x_t, network_t, *self.text(ids)).float()
-                    for ids in (part.ids, part.shuffled_ids)
-                ]
-                sums[k, 0] += self.objective.loss(preds[0], x_0, noise, t).mean(dim=1).sum()
-                for column, pred in enumerate(preds, start=1):
-                    guess, _ = self.objective.x_0_and_noise(pred, x_t, t)
-                    sums[k, column] += (guess - x_0).square().mean(dim=(1, 2, 3, 4)).sum()
-                sums[k, 3] += len(x_0)
-        total = self.ranks.sum(sums).cpu()
-        means = total[:, :3] / total[:, 3:]
-        figures = {"val/loss": means[:, 0].mean().item()}
-        for column, name in enumerate(("loss", "x_0_error", "x_0_error_shuffled")):
-            for k in range(NUM_T_BINS):
-                figures[f"val/{name}/t={self._bin_t(k):.2f}"] = means[k, column].item()
-        return figures
+        self._validation = self._validation or read_validation(self)
+        return validate(self, self._validation)
 
     def _model(self, provenance: dict[str, Any]) -> Model:
         model = replace(self._start, info=self.model_info(provenance), objective=self.objective)
@@ -413,9 +341,9 @@ class DiTRecipe(Recipe):
             self._model({}), self.ranks.device, dtype=torch.bfloat16 if half else torch.float32
         )
         videos = []
-        for first in range(0, len(prompts), self._chunk):
+        for first in range(0, len(prompts), self.chunk):
             progress()
-            part = prompts[first : first + self._chunk]
+            part = prompts[first : first + self.chunk]
             videos += pipeline(
                 part,
                 frames=clip.num_frames,

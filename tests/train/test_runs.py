@@ -19,10 +19,11 @@ from train.checkpoint import list_checkpoints
 from train.clips import read_rows
 from train.config import RunConfig
 from train.config_data import DataConfig
+from train.dit_validation import NUM_T_BINS
 from train.logs import TIME_FIELDS, read_log
 from train.loop import NonFiniteError
 from train.recipe import counted_noise
-from train.recipe_dit import NUM_T_BINS, DiTRecipe
+from train.recipe_dit import DiTRecipe
 from train.recipe_vae import VAERecipe
 from train.setup import build_recipe, open_data
 

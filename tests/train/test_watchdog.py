@@ -136,7 +136,7 @@ def test_long_phases_beat_as_they_get_on(room, tmp_path, monkeypatch, kind):
             beats["now"] = phase
         beats[beats["now"]] = beats.get(beats["now"], 0) + 1
 
-    for module in ("clips", "latent_cache", "loop", "recipe_dit", "recipe_vae"):
+    for module in ("clips", "latent_cache", "loop", "dit_validation", "recipe_vae"):
         monkeypatch.setattr(f"train.{module}.beat", count)
     cached = {"latent_cache": str(tmp_path / "latents"), "cache_dtype": "float32"}
     room.train(
