@@ -176,6 +176,8 @@ class _Reader:
         self._closing = True
         self._nudge()
         self._thread.join()
+        self._wake.close()
+        self._waker.close()
 
     def _is_ready(self) -> bool:
         if self._open and not self._open[0].num_missing:

@@ -17,9 +17,11 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any, TypeVar
 
 from data.workers import interrupts_deferred
@@ -111,7 +113,8 @@ class TaskPool:
         return len(self._waiting) + sum(worker.busy for worker in self._running)
 
     def poll(self, timeout: float, wake: Connection | None = None) -> list[tuple[Any, Any]]:
-        """(key, outcome) of the tasks that ended, after at most `timeout` seconds without any.
+        """(key, outcome) of the tasks that ended; waits for at most `timeout` seconds, and not on when
+        something else has happened.
 
         An outcome is the function's result, a Lost, or the exception that it raised.
 
@@ -130,7 +133,7 @@ class TaskPool:
         for worker in list(self._running):
             if worker.pipe in ready:
                 outcomes += self._hear(worker)
-            elif time.monotonic() >= self._deadline(worker):
+            elif time.monotonic() >= self._deadline(worker) and not worker.pipe.poll():
                 outcomes += self._give_up(worker)
         return outcomes
 
@@ -173,7 +176,7 @@ class TaskPool:
         if method == "forkserver":  # of effect for the first pool of this process: imports once
             context.set_forkserver_preload([self.function.__module__, "data.video_read"])
         ours, theirs = context.Pipe()
-        with interrupts_deferred():
+        with interrupts_deferred(), _without_main():
             process = context.Process(
                 target=_work,
                 args=(theirs, self.function, self.memory_limit, self.signals, dict(os.environ)),
@@ -193,14 +196,16 @@ class TaskPool:
     def _hear(self, worker: _Worker) -> list[tuple[Any, Any]]:
         try:
             kind, value = worker.pipe.recv()
-        except (EOFError, OSError, pickle.UnpicklingError):
+        except (EOFError, OSError):
             return self._bury(worker)
+        except Exception as error:  # what a result raises where it is put together again
+            kind, value = "done", error
         if kind == "ready":
             worker.ready, worker.since = True, time.monotonic()
         elif kind == "note":
             worker.at, worker.since = value, time.monotonic()
         else:
-            worker.busy = False
+            worker.busy, worker.task = False, None
             if kind == "last":
                 self._running.remove(worker)
                 worker.pipe.close()
@@ -281,6 +286,18 @@ class _Plain:
         return self.function(task)
 
 
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes started inside it do not run the script of this one, which they otherwise would, to
+    have its functions: it need not be written for that, and they start sooner."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def _work(
     pipe: Connection,
     function: Callable[[Any, Note], Any],
@@ -306,7 +323,10 @@ def _work(
             except Exception as error:
                 outcome = _sendable(error)
             last = memory_limit is not None and _resident_bytes() - at_start > memory_limit
-            pipe.send(("last" if last else "done", outcome))
+            try:
+                pipe.send(("last" if last else "done", outcome))
+            except (pickle.PicklingError, TypeError, AttributeError) as error:
+                pipe.send(("last" if last else "done", _sendable(error)))
             if last:
                 return
     except (EOFError, OSError):  # the process that asked is gone

@@ -15,6 +15,8 @@ from train.config_data import DataConfig
 from train.latent_cache import LatentCache
 from train.text_cache import TextCache
 
+_PATIENCE = 7 * 86400.0  # seconds: nobody knows how much longer others' shards take
+
 
 def data_section(
     manifest: str, model: Path, workers: int, given: dict[str, Any], run: DataConfig | None
@@ -51,23 +53,31 @@ def data_section(
 
 
 def build_cache(
-    out: Path, data: DataConfig, model: Path, dtype: str, text: bool, device: str
+    out: Path,
+    data: DataConfig,
+    model: Path,
+    dtype: str,
+    text: bool,
+    device: str,
+    retry: bool = False,
 ) -> str:
     """Builds what of a cache is missing; called by every process that torchrun started.
 
+    Args:
+        retry: make those shards anew in which clips are missing that could not be read.
     Returns:
         What was done, on the main rank; nothing on others.
     Raises:
         ValueError: `out` holds something else, no clip could be read, or the model has no such parts.
     """
-    ranks = processes.start(device, None)
+    ranks = processes.start(device, None, timeout=_PATIENCE)
     manifest = read_manifest(data.manifest)
     if ranks.is_main:
         manifest.warn_of_bad_rows()
     parts = load_model(model, ranks.device, vae_only=not text)
     cache = LatentCache(out, manifest, data, dtype)
     parts.vae.to(ranks.device).float()
-    cache.build(parts.vae, ranks)
+    cache.build(parts.vae, ranks, retry=retry)
     lines = []
     if text and parts.text is not None:
         if parts.text.config.trainable:
@@ -88,4 +98,5 @@ def build_cache(
     skipped = len(manifest.rows) - count
     lines += [f"left out, as no size fits them: {skipped:,} rows"] if skipped else []
     lines += [f"left out: {reason}" for reason in bad.values()]
+    lines += ["the same with --retry tries these again"] if bad else []
     return "\n".join(lines)

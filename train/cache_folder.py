@@ -150,7 +150,12 @@ def checksum(*tensors: Tensor) -> int:
     return found
 
 
-@lru_cache(maxsize=64)
 def open_shard(path: Path) -> Any:
     """A shard, mapped into memory: what is read of it can be given back to the system."""
+    status = os.stat(path)
+    return _mapped(path, status.st_ino, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=512)
+def _mapped(path: Path, *version: int) -> Any:
     return safe_open(path, "pt")

@@ -123,6 +123,9 @@ def latents(
         bool, typer.Option(help="The states of the captions too, if the text encoder is frozen.")
     ] = True,
     workers: Annotated[int, typer.Option(help="Processes that decode, per rank.")] = 0,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Try again what could not be read before.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Put all clips through a frozen VAE once, for runs with `recipe.latent_cache`.
@@ -139,7 +142,7 @@ def latents(
     if run is None and overrides:
         raise ValueError(f"{overrides[0]}: overrides are of a --config; give that too")
     data = data_section(manifest, model, workers, given, None if run is None else run.data)
-    said = build_cache(out, data, model, dtype, text, device)
+    said = build_cache(out, data, model, dtype, text, device, retry)
     if said:
         typer.echo(said)
 

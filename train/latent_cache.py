@@ -28,6 +28,7 @@ from sample.processes import Ranks
 from train.cache_folder import CHECKSUMS, CacheFolder, checksum, hash_weights, open_shard
 from train.clips import row_request
 from train.config_data import DataConfig
+from train.stopping import STOPS
 from train.watchdog import beat
 
 SHARD_ROWS = 256
@@ -58,6 +59,7 @@ class LatentCache(CacheFolder):
     def __init__(self, folder: Path, manifest: Manifest, data: DataConfig, dtype: str) -> None:
         super().__init__(folder, "latent cache")
         self.manifest, self.data, self.dtype = manifest, data, dtype
+        self._quarantine: dict[str, str] = {}  # what has cost a worker, for all shards
         self.of_row = row_sizes(manifest, data)  # index in data.sizes, -1 for rows not in training
         self.shards: list[Shard] = []
         # Of each row, its shard and its place among that shard's rows.
@@ -105,14 +107,21 @@ class LatentCache(CacheFolder):
                 digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:16]
 
-    def build(self, vae: VAE, ranks: Ranks) -> None:
+    def build(self, vae: VAE, ranks: Ranks, retry: bool = False) -> None:
         """Makes the shards that are missing; every rank calls it and does its share.
 
+        Args:
+            retry: those too in which clips are missing that could not be read.
         Raises:
             ValueError: the folder holds latents of something else; names which part differs.
         """
         self.claim(self.fingerprint(vae), ranks)
-        mine = self.missing(len(self.shards), ranks)[ranks.rank :: ranks.world_size]
+        wanted = self.missing(len(self.shards), ranks)
+        if retry:
+            there = [k for k in range(len(self.shards)) if k not in set(wanted)]
+            wanted = sorted([*wanted, *(k for k in there if self.about(k)["bad"])])
+            ranks.barrier()  # nobody writes before everybody has looked
+        mine = wanted[ranks.rank :: ranks.world_size]
         total = sum(len(self.shards[k].rows) for k in mine)
         hidden = not (ranks.is_main and total)
         with tqdm(total=total, desc="latents", unit="clip", disable=hidden) as bar:
@@ -135,6 +144,8 @@ class LatentCache(CacheFolder):
             workers=self.data.num_workers,
             file_seconds=self.data.file_seconds,
             memory_limit=self.data.worker_memory_gb * 1e9,
+            signals=tuple(STOPS),
+            quarantine=self._quarantine,
         )
         for items in loader:
             beat()

@@ -31,8 +31,9 @@ def sample_order(manifest: Manifest, config: RunConfig, num_tokens: NumTokens) -
             advice="set train.batch_size, or that of data.buckets, to a multiple of {}",
         )
     if data.native is None:
-        (bucket,) = bucket_rows(manifest, [data.base_size], data.fps)
-        return UniformOrder(bucket.rows, data.base_size, batch_size, seed)
+        found = bucket_rows(manifest, [data.base_size], data.fps) if manifest.rows else []
+        rows = found[0].rows if found else ()  # a plan counts without a manifest
+        return UniformOrder(rows, data.base_size, batch_size, seed)
     rows = assign_rows(manifest, data.sizes, data.fps).rows()
     if data.packing is not None:
         tokens = {size: num_tokens(size) for size in rows}

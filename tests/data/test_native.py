@@ -131,7 +131,7 @@ class Data:
 def test_the_size_of_each_row():
     manifest = manifest_of(HD, {"path": "a.png"}, HD | {"duration": 0.1})
     one = (5, 64, 64)
-    assert row_sizes(manifest, Data(None, (), one)).tolist() == [0, 0, 0]
+    assert row_sizes(manifest, Data(None, (), one)).tolist() == [0, -1, -1]
     assert row_sizes(manifest, Data(None, (one,), one)).tolist() == [0, -1, -1]
     found = row_sizes(manifest, Data(True, (), *SIZES)).tolist()
     assert [SIZES[k] if k >= 0 else None for k in found] == [(17, 48, 88), None, (1, 48, 88)]

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -122,3 +125,16 @@ def test_workers_leave_signals_to_the_process_that_started_them():
         found.update(pool.poll(1.0))
     pool.close()
     assert found == {0: "here"}
+
+
+def test_a_script_need_not_guard_against_its_workers(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from math import sqrt\nfrom data.pool import run_tasks\n"
+        "print(dict(run_tasks(sqrt, [4.0, 9.0], workers=1)))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.stdout == "{0: 2.0, 1: 3.0}\n", run.stderr
