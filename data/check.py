@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data.manifest import Manifest, Row, write_manifest
+from data.manifest_formats import known_suffix
 from data.pool import Lost, run_tasks
 from data.video import VideoInfo, VideoReader, VideoReadError, clip_times
 from data.video_file import one_line
@@ -62,12 +63,14 @@ class Verdict:
         reason: why it is dropped; empty for one that is kept.
         info: what the file is; None where it cannot be opened.
         num_frames: of the piece, counted.
+        seconds: of the piece.
         signature: the same for files with the same size, beginning and end; empty for URLs.
     """
 
     reason: str = ""
     info: VideoInfo | None = None
     num_frames: int = 0
+    seconds: float = 0.0
     signature: str = ""
 
     @property
@@ -76,7 +79,7 @@ class Verdict:
         info = self.info
         if info is None:
             return ""
-        length = f"{self.num_frames} frames at {info.fps:.6g} fps, {info.duration:.3f} s"
+        length = f"{self.num_frames} frames at {info.fps:.6g} fps, {self.seconds:.3f} s"
         return (
             f"{info.width}x{info.height}, {'an image' if info.is_image else length}, {info.codec}"
         )
@@ -112,7 +115,8 @@ def check_clip(piece: Piece, wanted: Wanted) -> Verdict:
             num_frames = reader.verify(piece.start, piece.end)
     except VideoReadError as error:
         return Verdict(error.reason, info)
-    return Verdict("", info, num_frames, _signature(piece.path))
+    stop = info.duration if piece.end is None else min(piece.end, info.duration)
+    return Verdict("", info, num_frames, stop - piece.start, _signature(piece.path))
 
 
 def _signature(path: str) -> str:
@@ -144,26 +148,32 @@ class Findings:
     wanted: Wanted
     kept: dict[int, Verdict] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
 
     def drop(self, reason: str) -> None:
         """One more row that training does not get."""
-        self.reasons[re.sub(r"\d+(\.\d+)?", "#", reason)] += 1
+        kind = re.sub(r"\d+(\.\d+)?", "#", reason)
+        self.reasons[kind] += 1
+        self.examples.setdefault(kind, reason)
 
     @property
     def num_rows(self) -> int:
-        """Of the file."""
+        """Of the file, but for those that it says to leave out itself."""
         return len(self.kept) + self.num_dropped
 
     @property
     def num_dropped(self) -> int:
-        """For whatever reason."""
-        return sum(self.reasons.values())
+        """Of these, for whatever reason."""
+        return sum(self.reasons.values()) - len(self.manifest.dropped)
 
     def lines(self, limit: TextLimit | None) -> Iterator[str]:
         """The summary."""
         yield f"{len(self.kept)} of {self.num_rows} clips kept, {self.num_dropped} dropped"
-        for reason, count in self.reasons.most_common():
-            yield f"  {count:,} dropped: {reason}"
+        if self.manifest.dropped:
+            yield f"beside them, left out by the manifest itself: {len(self.manifest.dropped)} rows"
+        for kind, count in self.reasons.most_common():
+            such = ", such as" if count > 1 else ""
+            yield f"  {count:,} dropped{such}: {self.examples[kind]}"
         wanted = self.wanted
         small = [
             row
@@ -308,21 +318,19 @@ def check_manifest(
         for index, outcome in verdicts:
             early[index] = outcome
             progress.update()
-            while (row := len(found.kept) + found.num_dropped - _before(manifest)) in early:
+            while (row := found.num_rows - len(manifest.bad)) in early:
                 progress.clear()
                 _judge(found, row, early.pop(row), say)
     return found
 
 
-def _before(manifest: Manifest) -> int:
-    """Rows that were dropped without a look at their files."""
-    return len(manifest.bad) + len(manifest.dropped)
-
-
 def _judge(found: Findings, row: int, outcome: Verdict | Lost, say: Callable[[str], None]) -> None:
     """Says what came of a row, and adds it up."""
     verdict = Verdict(outcome.reason) if isinstance(outcome, Lost) else outcome
-    path, line = one_line(found.manifest.rows[row].path), found.manifest.lines[row]
+    clip, line = found.manifest.rows[row], found.manifest.lines[row]
+    path = one_line(clip.path)
+    if clip.start is not None or clip.end is not None:
+        path += f" [{clip.start or 0.0:g}, {'end' if clip.end is None else f'{clip.end:g}'}]"
     if verdict.reason:
         found.drop(verdict.reason)
         say(f"dropped  line {line}: {path}: {verdict.reason}")
@@ -331,31 +339,36 @@ def _judge(found: Findings, row: int, outcome: Verdict | Lost, say: Callable[[st
     say(f"kept     line {line}: {path}: {verdict.detail}")
 
 
-def write_kept(found: Findings, path: Path) -> None:
-    """A manifest of the rows that were kept, with what was measured of their files.
+def check_writable(manifest: Manifest, path: Path) -> None:
+    """Before the work, not after it.
 
     Raises:
-        ValueError: as write_manifest, or it would lie in another folder, from which paths differ.
+        ValueError: no manifest can be written there, or its paths would lead elsewhere.
     """
-    manifest = found.manifest
-    if (
-        not isinstance(manifest.path, Path)
-        or path.parent.resolve() != manifest.path.parent.resolve()
-    ):
+    known_suffix(str(path))
+    place = manifest.path
+    if not isinstance(place, Path) or path.parent.resolve() != place.parent.resolve():
         raise ValueError(
-            f"--write {path}: expected a file beside {manifest.path}, from where its paths start"
+            f"--write {path}: expected a file beside {place}, from where its paths start"
         )
+    if path.resolve() == place.resolve():
+        raise ValueError(f"--write {path}: is what is checked; choose another name")
+
+
+def write_kept(found: Findings, path: Path) -> None:
+    """A manifest of the rows that were kept, with what was measured: of their files width, height, fps
+    and duration; num_frames of those that are whole files."""
+    manifest = found.manifest
 
     def rows() -> Iterator[dict[str, Any]]:
         for number, verdict in sorted(found.kept.items()):
             row, info = manifest.rows[number], verdict.info
             assert info is not None
-            yield row.model_dump(exclude_none=True) | {
-                "num_frames": verdict.num_frames,
-                "height": info.height,
-                "width": info.width,
-                "fps": info.fps,
-                "duration": info.duration,
-            }
+            measured: dict[str, Any] = {"height": info.height, "width": info.width}
+            measured |= {"fps": info.fps, "duration": info.duration}
+            measured["pixel_aspect"] = info.pixel_aspect
+            if row.start is None and row.end is None:
+                measured["num_frames"] = verdict.num_frames
+            yield row.model_dump(exclude_none=True) | measured
 
     write_manifest(path, rows())

@@ -105,9 +105,16 @@ def shards(
         typer.echo(f"left out  {path}: {reason}")
     if done.bad:
         typer.echo(f"{len(done.bad)} files cannot be read, of {done.num_bad_rows} rows")
+    if done.num_dropped or done.num_unusable:
+        typer.echo(
+            f"left out by the manifest's own keep: false: {done.num_dropped} rows; because they "
+            f"cannot be used: {done.num_unusable} rows"
+        )
     if not done.num_rows:
         typer.echo("nothing is left: no manifest is written")
         raise typer.Exit(1)
+    if done.num_over:
+        typer.echo(f"over {shard_size}, of one larger file each: {done.num_over} shards")
     typer.echo(
         f"{done.num_rows} rows of {done.num_files} files in {done.num_shards} shards, {done.manifest}"
     )
@@ -124,7 +131,9 @@ def index(
     done = index_shards(shards, out)
     for shard, reason in done.bad:
         typer.echo(f"damaged  {shard}: {reason}")
-    typer.echo(f"{done.num_samples} samples of {done.num_shards} shards, {out}")
+    typer.echo(
+        f"{done.num_rows} rows of {done.num_samples} samples in {done.num_shards} shards, {out}"
+    )
     if done.num_without_media:
         typer.echo(f"left out, with no video or image in them: {done.num_without_media} samples")
     if done.num_silent:

@@ -2,7 +2,7 @@
 
 The dataset is indexed by a global sample counter g that never ends: sample g is the same on any
 rank, worker and machine, however far a run was resumed. StepSampler deals the counters of each
-step out to ranks and micro-batches; a DataLoader with any number of workers does the rest. Clips
+step out to ranks and micro-batches; data/loader.py does the rest with any number of workers. Clips
 of one step have one size, which may differ from step to step (see data/buckets.py), or share rows of
 tokens in several sizes (data/packing.py); data/order.py says which counter is what.
 """
@@ -324,7 +324,7 @@ class StepSampler:
     Batch number s * grad_accum + m is micro-batch m of step s (counting from `start_step`); all
     ranks' micro-batches of step s together are counters [s * batch_size, (s + 1) * batch_size), or
     those that an order says. So what a step sees does not depend on the number of ranks, and a
-    resumed run needs only its step. For `DataLoader(batch_sampler=...)`.
+    resumed run needs only its step. For ClipLoader.
 
     Args:
         batch_size: samples per optimizer step, over all ranks and micro-batches; or the order that

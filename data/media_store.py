@@ -267,6 +267,14 @@ def _filesystem(url: str) -> tuple[Any, str]:
         extra = _EXTRAS.get(protocol)
         hint = f"pip install 'zoetrope[{extra}]'" if extra else str(error)
         raise ValueError(f"{protocol}:// needs an extra: {hint}") from error
+    except ValueError as error:
+        if not str(error).startswith("Protocol not known"):
+            raise
+        name = str(error).rpartition(" ")[2]
+        raise ValueError(
+            f"{name}:// is not known to fsspec; expected s3://, gs://, http://, https:// or "
+            "another that it knows"
+        ) from error
     _filesystems[id(filesystem)] = filesystem
     return filesystem, inside
 

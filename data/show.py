@@ -67,13 +67,14 @@ class ShownBatch:
 
 
 def animation(video: np.ndarray, fps: float) -> bytes:
-    """An endless WebP of uint8 RGB frames (f h w 3), lossless; one frame is a still picture."""
+    """An endless WebP of uint8 RGB frames (f h w 3), lossless if they are small; one frame is a still
+    picture."""
     height, width = video.shape[1:3]
     factor = max(1, -(-_MIN_SIDE // min(height, width)))
     size = (width * factor, height * factor)
     frames = [Image.fromarray(frame).resize(size, Image.Resampling.NEAREST) for frame in video]
     file = io.BytesIO()
-    options = {"lossless": True, "method": 0}
+    options = {"lossless": factor > 1, "quality": 80, "method": 0}
     if len(frames) > 1:
         duration = max(1, round(1000 / fps))
         options |= {"save_all": True, "append_images": frames[1:], "duration": duration, "loop": 0}

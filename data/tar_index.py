@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.images import IMAGE_SUFFIXES
 from data.ingest_source import VIDEO_SUFFIXES
-from data.manifest import write_manifest
+from data.manifest_formats import known_suffix, write_manifest
 from data.media import Piece
 from data.media_store import local_path, matching, naming, open_remote
 
@@ -43,6 +43,7 @@ class Indexed:
     Attributes:
         num_shards: that could be read.
         num_samples: with a video or an image, which are rows now, at least one each.
+        num_rows: of the manifest.
         num_silent: rows among these without a caption.
         num_without_media: samples left out because they have neither.
         bad: (shard, reason) of each shard that could not be read, or not to its end, and of
@@ -51,6 +52,7 @@ class Indexed:
 
     num_shards: int = 0
     num_samples: int = 0
+    num_rows: int = 0
     num_silent: int = 0
     num_without_media: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -73,14 +75,21 @@ def index_shards(shards: Sequence[str], out: Path) -> Indexed:
     several rows becomes these rows again.
 
     Args:
-        shards: paths or URLs; a name with wildcards stands for all that match.
+        shards: paths or URLs; a name with wildcards stands for all that match. One that is named
+            twice counts once.
         out: the manifest; paths in it are relative to it, URLs as they are.
     Raises:
-        FileNotFoundError: a name with wildcards matches nothing.
+        FileExistsError: there is a file of this name.
+        FileNotFoundError: a name with wildcards matches nothing, or `out` has no folder.
         OSError, ValueError: a store cannot be listed, no shard has anything usable, or the
             manifest cannot be written.
     """
-    names = [name for pattern in shards for name in _expanded(pattern)]
+    known_suffix(str(out))
+    if out.exists():
+        raise FileExistsError(f"{out} is there already: choose another name, or remove it")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out.parent}: no such folder; make it first")
+    names = _each_once(name for pattern in shards for name in _expanded(pattern))
     done = Indexed()
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(_THREADS if any("://" in name for name in names) else 1) as pool:
@@ -92,11 +101,21 @@ def index_shards(shards: Sequence[str], out: Path) -> Indexed:
             done.num_silent += part.num_silent
             done.num_without_media += part.num_without_media
             done.bad += part.bad
+    done.num_rows = len(rows)
     if not rows:
         detail = f"; {done.bad[0][0]}: {done.bad[0][1]}" if done.bad else ""
         raise ValueError(f"no video or image in any of the {len(names)} shards{detail}")
     write_manifest(out, rows)
     return done
+
+
+def _each_once(names: Iterable[str]) -> list[str]:
+    """Without those that are another name of a file before."""
+    found: dict[str, str] = {}
+    for name in names:
+        path = local_path(name)
+        found.setdefault(name if path is None else os.path.realpath(path), name)
+    return list(found.values())
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -216,20 +235,21 @@ def _rows(sample: _Sample, name: str, shard: str, done: Indexed) -> list[dict[st
     several = record.get("rows")
     if isinstance(several, list) and several and all(isinstance(row, dict) for row in several):
         return [{"path": piece} | row | {"path": piece} for row in several]
-    caption = _caption(sample, record)
-    columns = {key: value for key, value in record.items() if key not in _CAPTION_COLUMNS}
+    column, caption = _caption(sample, record)
     said = {} if caption is None else {"caption": caption}
-    return [{"path": piece} | said | {k: v for k, v in columns.items() if k != "path"}]
+    taken = ("path", "caption", column)
+    return [{"path": piece} | said | {k: v for k, v in record.items() if k not in taken}]
 
 
-def _caption(sample: _Sample, record: dict[str, Any]) -> str | list[str] | None:
+def _caption(sample: _Sample, record: dict[str, Any]) -> tuple[str, str | list[str] | None]:
+    """The column of the .json that is the caption, "" for none, and the caption."""
     for column in _CAPTION_COLUMNS:
         found = record.get(column)
         wordings = found if isinstance(found, list) else [found]
         if wordings and all(isinstance(each, str) and each.strip() for each in wordings):
-            return found
+            return column, found
     for ending in _CAPTION_ENDINGS:
         text = sample.sidecars.get(ending, b"").decode("utf-8-sig", "replace").strip()
         if text:
-            return text
-    return None
+            return "", text
+    return "", None

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data.manifest import Manifest, Row, read_manifest
 from data.media import Piece, suffix_of
-from data.media_store import read_bytes, upload, version_of
+from data.media_store import local_path, read_bytes, upload, version_of
 from data.video_file import VideoReadError, open_bytes, reporting
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -44,6 +44,9 @@ class Sharded:
         num_shards, num_files, num_rows: that it refers to.
         bad: (path, reason) of each source file that could not be read.
         num_bad_rows: rows that are left out because their file could not be read.
+        num_dropped: rows that the manifest itself says to leave out, with `keep: false`.
+        num_unusable: rows that are left out because they make no sense, such as without a caption.
+        num_over: shards of more than `shard_bytes`, each of one file.
     """
 
     manifest: str
@@ -52,6 +55,9 @@ class Sharded:
     num_rows: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
     num_bad_rows: int = 0
+    num_dropped: int = 0
+    num_unusable: int = 0
+    num_over: int = 0
 
 
 def parse_bytes(text: str) -> int:
@@ -79,15 +85,19 @@ def write_shards(path: str | os.PathLike[str], out: str, shard_bytes: int) -> Sh
         shard_bytes: at most in one shard.
     Raises:
         FileNotFoundError, OSError, ValueError: the manifest cannot be read, or the folder not be
-            written, or it holds the shards of another manifest or size.
+            written, or it holds the shards of another manifest or size, or a manifest.jsonl that
+            this call does not make.
     """
+    folder = _Folder(out)
+    folder.check_not_of(os.fspath(path))
     manifest = read_manifest(path)
     manifest.warn_of_bad_rows()
     files: dict[str, list[int]] = {}
     for index, row in enumerate(manifest.rows):
         files.setdefault(manifest.locate(row), []).append(index)
-    writer = _Writer(manifest, list(files.items()), _Folder(out), shard_bytes)
+    writer = _Writer(manifest, list(files.items()), folder, shard_bytes)
     done = Sharded(f"{out.rstrip('/')}/manifest.jsonl", num_files=len(files))
+    done.num_dropped, done.num_unusable = manifest.num_dropped, len(manifest.bad)
     lines: list[tuple[int, str]] = []
     number = first = 0
     with tqdm(total=len(files), desc="writing shards", unit="file", disable=None) as progress:
@@ -95,14 +105,14 @@ def write_shards(path: str | os.PathLike[str], out: str, shard_bytes: int) -> Sh
             shard = writer.shard(number, first, progress)
             lines += [(index, json.dumps(row, ensure_ascii=False)) for index, row in shard["rows"]]
             done.bad += [(name, reason) for name, reason in shard["bad"]]
+            done.num_over += shard["over"]
             number, first = number + 1, shard["next"]
     done.num_shards = number
     done.num_files -= len(done.bad)
     done.num_rows = len(lines)
     done.num_bad_rows = len(manifest.rows) - len(lines)
     if lines:
-        with writer.folder.writing("manifest.jsonl") as file:
-            file.writelines(f"{line}\n".encode() for _, line in sorted(lines))
+        folder.write_manifest(b"".join(f"{line}\n".encode() for _, line in sorted(lines)))
     return done
 
 
@@ -111,11 +121,45 @@ class _Folder:
 
     def __init__(self, place: str) -> None:
         self._place = place.rstrip("/") or "/"
+        self._manifest = f"{self._place}/manifest.jsonl"
         self._remote = "://" in place
         if place.startswith(("http://", "https://")):
             raise ValueError(
                 f"{place}: expected a local folder, s3:// or gs://; HTTP is for reading"
             )
+
+    def __str__(self) -> str:
+        return self._place
+
+    def check_not_of(self, source: str) -> None:
+        """
+        Raises:
+            ValueError: `source`, or any manifest of no shards, is where that of the shards will be.
+        """
+        if _resolved(source) == _resolved(self._manifest):
+            raise ValueError(
+                f"{source}: the manifest of the shards would take its place; use another folder"
+            )
+        if self.read("00000.json") is None and self.size("manifest.jsonl") is not None:
+            self._refuse_manifest()
+
+    def write_manifest(self, text: bytes) -> None:
+        """
+        Raises:
+            ValueError: another one is there.
+        """
+        there = self.read("manifest.jsonl")
+        if there is None:
+            with self.writing("manifest.jsonl") as file:
+                file.write(text)
+        elif there != text:
+            self._refuse_manifest()
+
+    def _refuse_manifest(self) -> None:
+        raise ValueError(
+            f"{self._manifest} is there already, and not the one of these shards; use another "
+            "folder, or remove it"
+        )
 
     def read(self, name: str) -> bytes | None:
         """What is in a file; None if there is none."""
@@ -154,6 +198,12 @@ class _Folder:
                 partial.unlink(missing_ok=True)
 
 
+def _resolved(place: str) -> str:
+    """The same for all local names of a file; a URL as it is."""
+    path = local_path(place)
+    return place if path is None else os.path.realpath(path)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -180,8 +230,8 @@ class _Writer:
         record = json.loads(text) if text else None
         if record is not None and record["origin"] != origin:
             raise ValueError(
-                "the folder for the shards holds those of another manifest or shard size; use "
-                "another folder, or delete it"
+                f"{self.folder} holds the shards of another manifest or shard size; use another "
+                "folder, or delete it"
             )
         whole = record is not None and record["bytes"] == self.folder.size(f"{name}.tar")
         if record is not None and whole and record["first"] == first:
@@ -222,8 +272,9 @@ class _Writer:
             number += 1
             progress.update()
         out.write(_END)
+        over = out.tell() > self.shard_bytes
         out.write(bytes(-out.tell() % tarfile.RECORDSIZE))
-        return {"next": number, "bytes": out.tell(), "rows": rows, "bad": bad}
+        return {"next": number, "bytes": out.tell(), "over": over, "rows": rows, "bad": bad}
 
 
 def _columns(row: Row) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,6 @@ from data.dataset import ClipDataset, ClipRequest, Sample, StepSampler
 from data.loader import ClipLoader
 from data.manifest import Manifest
 from data.order import SampleOrder
-from data.video import VideoReadError
 from sample.processes import Ranks
 from train.config import RunConfig
 from train.config_data import DataConfig
@@ -119,22 +119,72 @@ def _warn_once(text: str) -> None:
     _log.warning("left out: %s", text)
 
 
+@dataclass(frozen=True)
+class Unread:
+    """In place of a clip that could not be read."""
+
+    g: int
+    reason: str
+    path: str = ""
+    name: str = ""
+    is_here: bool = True
+
+    def read(self) -> None:
+        return None
+
+
+class GivenRows:
+    """The clips of some rows, by place, each by itself: what cannot be read is not replaced."""
+
+    def __init__(
+        self, manifest: Manifest, rows: Sequence[int] | np.ndarray, data: DataConfig, size: Size
+    ) -> None:
+        self.manifest, self.rows, self.data, self.size = manifest, rows, data, size
+
+    def request(self, place: int, bad: Sequence[tuple[str, str]] = ()) -> ClipRequest | Unread:
+        if bad:
+            return Unread(place, f"{bad[0][0]}: {bad[0][1]}")
+        return row_request(self.manifest, int(self.rows[place]), self.data, self.size, place)
+
+    def sample(self, request: Any, video: Tensor | None, bad: list[tuple[str, str]]) -> Any:
+        return request, video
+
+    def collate(self, samples: list[Any]) -> dict[str, Any]:
+        """Places and video (n 3 f h w) of what could be read, and (place, reason) of the others."""
+        good = [(request.g, video) for request, video in samples if video is not None]
+        return {
+            "places": [place for place, _ in good],
+            "video": torch.stack([video for _, video in good]) if good else None,
+            "unread": [(request.g, request.reason) for request, video in samples if video is None],
+        }
+
+
 def read_rows(
-    manifest: Manifest, rows: Sequence[int], data: DataConfig
+    manifest: Manifest, rows: Sequence[int], data: DataConfig, quarantine: dict[str, str]
 ) -> tuple[list[int], Tensor]:
-    """The rows that can be read, and their clips, uint8 (n 3 f h w); the others are logged."""
-    kept: list[int] = []
-    clips: list[Tensor] = []
-    for row in rows:
+    """The rows that can be read, and their clips, uint8 (n 3 f h w); the others are logged.
+
+    Args:
+        quarantine: as `make_loader`; with data.num_workers no file can hold up a run here either.
+    """
+    loader = ClipLoader(
+        GivenRows(manifest, rows, data, data.base_size),
+        [[place] for place in range(len(rows))],
+        workers=min(data.num_workers, len(rows)),
+        file_seconds=data.file_seconds,
+        signals=tuple(STOPS),
+        quarantine=quarantine,
+    )
+    size = data.base_size
+    kept, clips = [], [torch.empty(0, 3, *size, dtype=torch.uint8)]
+    for items in loader:
         beat()
-        try:
-            clips.append(row_request(manifest, row, data, data.base_size).read())
-        except VideoReadError as error:
-            _warn_once(str(error))
-        else:
-            kept.append(row)
-    empty = torch.empty(0, 3, data.num_frames, data.height, data.width, dtype=torch.uint8)
-    return kept, torch.stack(clips) if clips else empty
+        for _, reason in items["unread"]:
+            _warn_once(reason)
+        if items["places"]:
+            kept += [rows[place] for place in items["places"]]
+            clips.append(items["video"])
+    return kept, torch.cat(clips)
 
 
 def make_loader(

@@ -40,7 +40,7 @@ def check(
     Of a run's config it also says in which sizes the run sees its clips, and how many steps see
     each of them once. Exit code 1 when too many clips are bad, or none is left.
     """
-    from data.check import Wanted, check_manifest, write_kept
+    from data.check import Wanted, check_manifest, check_writable, write_kept
     from data.manifest import read_manifest
 
     if not 0 <= max_bad_share <= 1:
@@ -57,6 +57,8 @@ def check(
         shortest = min(size[0] for size in data.sizes)
         wanted = Wanted(shortest, data.fps, *(data.base_size[1:] if data.native is None else ()))
         limit, manifest = _limit_of(run, context_length), read_manifest(data.manifest)
+    if write is not None:
+        check_writable(manifest, write)
     found = check_manifest(
         manifest, wanted, workers=workers, file_seconds=file_seconds, say=typer.echo
     )
@@ -137,6 +139,8 @@ def latents(
 
     if dtype not in ("float16", "float32"):
         raise ValueError(f"--dtype {dtype}: expected float16 or float32")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device {device}: expected auto, cpu or cuda")
     given = {"frames": frames, "fps": fps, "size": size}
     run = _config(str(config), overrides, given) if config is not None else None
     if run is None and overrides:

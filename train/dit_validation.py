@@ -43,7 +43,8 @@ def read_validation(recipe: DiTRecipe) -> ValidationSet:
     fitting = rows_of_one_size(manifest, data)[: recipe.config.logging.num_val_clips]
     half = len(fitting) // 2
     others = dict(zip(fitting, [*fitting[half:], *fitting[:half]]))
-    rows, video = read_rows(manifest, fitting[ranks.rank :: ranks.world_size], data)
+    share = fitting[ranks.rank :: ranks.world_size]
+    rows, video = read_rows(manifest, share, data, recipe.quarantine)
     pieces = video.split(recipe.chunk)
     parts = [recipe.encode(piece.to(ranks.device)) for piece in pieces if len(piece)]
     latents = torch.cat([torch.empty(0, *recipe.latent_shape, device=ranks.device), *parts])

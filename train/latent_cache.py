@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from dit.vae import VAE
 from sample.pipeline import MAX_BATCH_CELLS
 from sample.processes import Ranks
 from train.cache_folder import CHECKSUMS, CacheFolder, checksum, hash_weights, open_shard
-from train.clips import row_request
+from train.clips import GivenRows
 from train.config_data import DataConfig
 from train.stopping import STOPS
 from train.watchdog import beat
@@ -52,14 +51,22 @@ class LatentCache(CacheFolder):
         folder: made when missing.
         manifest, data: the clips; each row has one size, and its clip is at the row's start.
         dtype: float16 or float32, of what is stored.
+        quarantine: files that are not to be touched, and why; what costs a worker is added.
     Raises:
         ValueError: rows may have several sizes.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, data: DataConfig, dtype: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        data: DataConfig,
+        dtype: str,
+        quarantine: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(folder, "latent cache")
         self.manifest, self.data, self.dtype = manifest, data, dtype
-        self._quarantine: dict[str, str] = {}  # what has cost a worker, for all shards
+        self._quarantine = {} if quarantine is None else quarantine
         self.of_row = row_sizes(manifest, data)  # index in data.sizes, -1 for rows not in training
         self.shards: list[Shard] = []
         # Of each row, its shard and its place among that shard's rows.
@@ -113,8 +120,11 @@ class LatentCache(CacheFolder):
         Args:
             retry: those too in which clips are missing that could not be read.
         Raises:
-            ValueError: the folder holds latents of something else; names which part differs.
+            ValueError: the folder holds latents of something else, and which part differs is named; or
+                the VAE cannot take clips of a size.
         """
+        for shard in self.shards:
+            vae.latent_shape(*shard.size)  # raises, before the folder has a name, what does not fit
         self.claim(self.fingerprint(vae), ranks)
         wanted = self.missing(len(self.shards), ranks)
         if retry:
@@ -139,7 +149,7 @@ class LatentCache(CacheFolder):
         batch = max(1, min(_BATCH, MAX_BATCH_CELLS // int(np.prod(shard.size))))
         numbers = [list(range(k, min(k + batch, len(sums)))) for k in range(0, len(sums), batch)]
         loader = ClipLoader(
-            _RowsOf(self.manifest, shard, self.data),
+            GivenRows(self.manifest, shard.rows, self.data, shard.size),
             numbers,
             workers=self.data.num_workers,
             file_seconds=self.data.file_seconds,
@@ -149,7 +159,7 @@ class LatentCache(CacheFolder):
         )
         for items in loader:
             beat()
-            bad.update({str(shard.rows[place]): reason for place, reason in items["bad"]})
+            bad.update({str(shard.rows[place]): reason for place, reason in items["unread"]})
             if items["places"]:
                 with torch.autocast(device.type, enabled=False):
                     posterior = vae.encode(to_float(items["video"].to(device)))
@@ -157,7 +167,7 @@ class LatentCache(CacheFolder):
                 for k, place in enumerate(items["places"]):
                     means[place], stds[place] = mean[k], std[k]
                     sums[place] = checksum(mean[k], std[k])
-            bar.update(len(items["places"]) + len(items["bad"]))
+            bar.update(len(items["places"]) + len(items["unread"]))
         tensors = {"mean": means, "std": stds, CHECKSUMS: sums}
         self.write(index, tensors, {"rows": shard.rows.tolist(), "bad": bad})
 
@@ -197,41 +207,3 @@ def read_posterior(path: Path, place: int) -> Tensor:
         if checksum(*both) != int(file.get_slice(CHECKSUMS)[place]):
             raise ValueError("checksum")
         return torch.stack(both)
-
-
-class _RowsOf:
-    """The clips of a shard, by place, each by itself: what cannot be read is not replaced."""
-
-    def __init__(self, manifest: Manifest, shard: Shard, data: DataConfig) -> None:
-        self.manifest, self.shard, self.data = manifest, shard, data
-
-    def request(self, place: int, bad: Sequence[tuple[str, str]] = ()) -> Any:
-        row = int(self.shard.rows[place])
-        if bad:
-            return _Nothing(place, f"{bad[0][0]}: {bad[0][1]}")
-        return row_request(self.manifest, row, self.data, self.shard.size, place)
-
-    def sample(self, request: Any, video: Tensor | None, bad: list[tuple[str, str]]) -> Any:
-        return request, video
-
-    def collate(self, samples: list[Any]) -> dict[str, Any]:
-        good = [(request.g, video) for request, video in samples if video is not None]
-        return {
-            "places": [place for place, _ in good],
-            "video": torch.stack([video for _, video in good]) if good else None,
-            "bad": [(request.g, request.reason) for request, video in samples if video is None],
-        }
-
-
-@dataclass(frozen=True)
-class _Nothing:
-    """In place of a clip that could not be read."""
-
-    g: int
-    reason: str
-    path: str = ""
-    name: str = ""
-    is_here: bool = True
-
-    def read(self) -> None:
-        return None

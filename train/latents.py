@@ -62,7 +62,9 @@ def cached_latents(recipe: DiTRecipe) -> CachedLatents:
     options, data, ranks = recipe.options, recipe.config.data, recipe.ranks
     assert options.latent_cache is not None
     manifest = recipe.data.train
-    cache = LatentCache(options.latent_cache, manifest, data, options.cache_dtype)
+    cache = LatentCache(
+        *(options.latent_cache, manifest, data, options.cache_dtype, recipe.quarantine)
+    )
     recipe.vae.to(ranks.device)
     cache.build(recipe.vae, ranks)
     texts = None

@@ -112,12 +112,13 @@ def _train(
         return
 
     profiler = Profiler(profile, config.out, ranks, start_step, config.train.steps)
+    unread: dict[str, str] = saved.get("unread", {})
+    recipe.quarantine.update((k, why) for k, why in unread.items() if why.startswith(QUARANTINED))
     beat("reading the validation clips")
     check_validation(config, recipe, ranks)
     start_folder(config, ranks)
-    unread: dict[str, str] = saved.get("unread", {})
-    quarantine = {k: why for k, why in unread.items() if why.startswith(QUARANTINED)}
-    loader = make_loader(recipe.dataset(), config, ranks, start_step, quarantine, recipe.order)
+    dataset, order = recipe.dataset(), recipe.order
+    loader = make_loader(dataset, config, ranks, start_step, recipe.quarantine, order)
     batches = islice(loader.batches, config.train.grad_accum)
     numbers = [number for batch in batches for number in batch]
     check_disjoint(numbers, recipe.order.first(start_step), ranks)

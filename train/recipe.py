@@ -71,6 +71,7 @@ class Recipe(nn.Module, ABC):
         self.config, self.data, self.ranks = config, data, ranks
         self.context: ContextGroup | None = None  # where several ranks share a sequence
         self.weights_device = weights_device
+        self.quarantine: dict[str, str] = {}  # files that this run does not touch again, and why
 
     @cached_property
     def order(self) -> SampleOrder:

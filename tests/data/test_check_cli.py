@@ -124,8 +124,12 @@ def test_reasons_are_counted_with_those_of_the_manifest_itself(folder):
     result = rows_of(folder, [*rows, good | {"path": "gone.mp4"}, good | {"path": "lost.mp4"}])
     assert result.exit_code == 1
     assert "dropped  line 2: good.mp4: blur 3.1 is under 10" in result.stdout
-    assert "  2 dropped: blur # is under #" in result.stdout
-    assert "  2 dropped: no such file" in result.stdout
+    assert "1 of 3 clips kept, 2 dropped" in result.stdout
+    assert "beside them, left out by the manifest itself: 2 rows" in result.stdout
+    assert "  2 dropped, such as: blur 3.1 is under 10" in result.stdout
+    assert "  2 dropped, such as: no such file" in result.stdout
+    result = rows_of(folder, rows)
+    assert (result.exit_code, result.stdout.splitlines()[3]) == (0, "1 of 1 clips kept, 0 dropped")
 
 
 def test_what_may_surprise_is_said(folder):
@@ -160,17 +164,14 @@ def test_the_kept_rows_can_be_written_with_what_was_measured(folder):
     result = rows_of(folder, rows, "--write", str(target))
     assert result.exit_code == 1
     (row,) = read_manifest(target).rows
-    found = {
-        "num_frames": 5,
-        "height": 32,
-        "width": 32,
-        "fps": 8.0,
-        "duration": 1.125,
-        "tag": "mine",
-    }
-    assert row.model_extra == found
+    found = {"height": 32, "width": 32, "fps": 8.0, "duration": 1.125, "pixel_aspect": 1.0}
+    assert row.model_extra == found | {"tag": "mine"}
+    assert "kept     line 1: good.mp4 [0.5, end]: 32x32, 5 frames at 8 fps, 0.625 s" in result.stdout
     assert row.start == 0.5
-    assert rows_of(folder, rows[:1], "--write", str(folder / "no" / "x.jsonl")).exit_code == 1
+    for name in ("no/x.jsonl", "x.txt", "m.jsonl"):  # before anything is read
+        result = rows_of(folder, rows[:1], "--write", str(folder / name))
+        assert isinstance(result.exception, ValueError)
+        assert "kept" not in result.stdout
 
 
 def test_a_file_that_hangs_is_given_up(folder):

@@ -58,13 +58,14 @@ def test_raw_videos_to_a_trained_model(room, raw, tmp_path, capsys):
     data = {**NATIVE, "manifest": str(out / "manifest.jsonl"), "validation": None}
     cached = {"latent_cache": str(tmp_path / "latents"), "cache_dtype": "float32"}
     config = room.write(tmp_path / "run", "dit", data=data, recipe=cached)
-    code, said = command(capsys, "data", "check", config, "--max-bad-share", "0.5")
+    code, said = command(capsys, "data", "check", config)
     assert code == 0, said
-    assert "4 of 5 clips kept, 1 dropped" in said
+    assert "4 of 4 clips kept, 0 dropped" in said
+    assert "beside them, left out by the manifest itself: 1 rows" in said
     # About 256 pixels each, and none is forced into a square.
     sizes = [line.split()[1] for line in said.splitlines() if line.startswith("bucket")]
     assert sizes == ["1x16x24", "5x16x24", "5x24x16"]
-    assert r"tall\n.mp4: 54x96" in said
+    assert r"tall\n.mp4 [0, 3]: 54x96" in said
     code, said = command(capsys, "data", "show", config, tmp_path / "page.html", "--batches", "1")
     assert code == 0, said
     code, said = command(

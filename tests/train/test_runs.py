@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -71,7 +72,7 @@ def test_vae_export_has_unit_variance_latents(room):
     manifest = read_manifest(room.folder / "train" / "manifest.jsonl")
     data = DataConfig(manifest=manifest.path, num_frames=5, height=16, width=16, fps=8)
     rows = [permuted_index(0, number, 12) for number in range(8)]
-    _, video = read_rows(manifest, rows, data)
+    _, video = read_rows(manifest, rows, data, {})
     posterior = vae.encode(to_float(video))
     noise = counted_noise(0, "statistics", rows, posterior.mean.shape[1:], torch.device("cpu"))
     values = posterior.sample(noise).transpose(0, 1).flatten(1)
@@ -286,3 +287,18 @@ def test_a_full_disk_is_one_line(room, tmp_path, monkeypatch, capsys):
             room.train(tmp_path / "run", "vae", train=steps)
     room.train(tmp_path / "run", "vae", train=steps)
     assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 2
+
+
+def test_a_file_that_hangs_holds_up_nothing(room, tmp_path):
+    """Neither validation, nor training, nor the statistics of an export; nobody asks for it twice."""
+    folder = tmp_path / "clips"
+    shutil.copytree(room.folder / "train", folder)
+    stuck = sorted(folder.rglob("*.mp4"))[1]
+    stuck.unlink()
+    os.mkfifo(stuck)  # whoever opens it waits for ever
+    data = {"manifest": str(folder / "manifest.jsonl"), "validation": None}
+    data |= {"num_workers": 1, "file_seconds": 2, "max_bad_share": 0.2}
+    out = room.train(tmp_path / "run", "vae", data=data, train={"steps": 6})
+    assert (out / "model" / "model.yaml").is_file()
+    state = json.loads(next((out / "checkpoints").glob("*/state.json")).read_text())
+    assert state["unread"] == {str(stuck): "quarantined: it took longer than 2 s"}
