@@ -47,6 +47,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.feature_reuse
 	$(BIN)/python -m benchmarks.parallel
 	$(BIN)/python -m benchmarks.checkpoints
+	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.text_detector
 
 clean:
 	rm -rf $(VENV) build *.egg-info

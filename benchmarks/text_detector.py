@@ -1,6 +1,6 @@
 """How often the ingest's text detector finds burnt-in text, and how often it sees some in vain.
 
-    python benchmarks/text_detector.py [pictures per kind]
+    python -m benchmarks.text_detector [pictures per kind]
 
 Random words in the fonts of this machine and of matplotlib, 4 to 12 % of the picture high, white or
 yellow with a dark rim, or white on a black bar, at random places; on textures of random roughness,

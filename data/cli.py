@@ -56,7 +56,7 @@ def ingest(
     src: Annotated[
         str, typer.Argument(help="A folder, a file, a manifest with `path`, or a folder's URL.")
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for manifest.jsonl and report.html.")],
+    out: Annotated[str, typer.Argument(help="Folder for manifest.jsonl and report.html.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, values in YAML.")
     ] = None,

@@ -29,10 +29,12 @@ def _tower(model: str, weights: str) -> tuple[Any, Any, str]:
         tower, _, prepare = open_clip.create_model_and_transforms(
             model, pretrained=weights, device=device
         )
-    except RuntimeError as error:  # keys or shapes that differ, a line for each
-        first = str(error).strip().splitlines()[0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of every kind, and many lines, where it is no checkpoint
+        first = (str(error).strip().splitlines() or ["it is empty"])[0]
         raise ValueError(
-            f"duplicates.clip.weights={weights} do not fit {model}: {first}"
+            f"duplicates.clip.weights={weights} is no checkpoint of {model}: {first:.200}"
         ) from error
     return tower.eval(), prepare, device
 

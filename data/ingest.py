@@ -25,9 +25,10 @@ from data.embeddings import check_clip
 from data.ingest_config import IngestConfig
 from data.ingest_report import write_report
 from data.ingest_select import (
+    count_kinds,
     derive,
     filter_reasons,
-    kind_of,
+    lacks_caption,
     manifest_row,
     mark_duplicates,
     settle_captions,
@@ -61,23 +62,24 @@ class Ingested:
     @property
     def drop_counts(self) -> Counter[str]:
         """Dropped clips by the first words of each of their reasons."""
-        return Counter(
-            kind_of(reason) for record in self.records for reason in record["drop_reasons"]
-        )
+        return count_kinds(self.records)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.source.files)} files, {len(self.records)} clips, {self.num_kept} kept"]
+        lines = [f"{self.source.size}, {len(self.records)} clips, {self.num_kept} kept"]
         lines += [f"  dropped  {count:6}  {what}" for what, count in self.drop_counts.most_common()]
+        if self.drop_counts.total() > len(self.records) - self.num_kept:
+            lines.append("  (a clip with several reasons is counted under each)")
         if self.source.skipped:
-            suffixes = self.source.skipped_suffixes.most_common(8)
-            kinds = ", ".join(f"{count} {suffix}" for suffix, count in suffixes)
-            lines.append(f"  skipped  {len(self.source.skipped):6}  other files: {kinds}")
+            counts = self.source.skipped_kinds.most_common(8)
+            kinds = ", ".join(f"{count} {kind}" for kind, count in counts)
+            unit = "rows" if self.source.is_manifest else "files"
+            lines.append(f"  skipped  {len(self.source.skipped):6}  other {unit}: {kinds}")
         return "\n".join([*lines, str(self.manifest), str(self.report)])
 
 
 def ingest(
     src: str,
-    out: Path,
+    out: str | os.PathLike[str],
     config: IngestConfig,
     *,
     engine: str = "local",
@@ -89,7 +91,8 @@ def ingest(
 
     Args:
         src: a folder, a file, a manifest, or the URL of a folder.
-        out: folder for the results; made when it is not there.
+        out: folder for the results; made when it is not there. Not `src` itself, and none that has
+            a manifest.jsonl of another origin.
         config: settings and thresholds.
         engine: "local" or "ray".
         address: of a Ray cluster.
@@ -97,12 +100,17 @@ def ingest(
         retry: try again what failed before.
     Raises:
         FileNotFoundError, ValueError: nothing to ingest, or something the config asks for is
-            missing.
+            missing; `out` would overwrite what ingest did not make.
+        OSError: `out` cannot be made.
     """
+    out = check_out(src, os.fspath(out))
     check_tools(config)
     source = find_source(src, out)
-    out.mkdir(parents=True, exist_ok=True)
-    store = Store(out, retry)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        store = Store(out, retry)
+    except OSError as error:
+        raise OSError(f"the folder {out} cannot be made: {error.strerror}") from None
     records = [dict(record) for record in source.files]
     with _engine(engine, address, workers) as run:
         for step in media_steps(config):
@@ -113,6 +121,30 @@ def ingest(
     write_manifest(manifest, (manifest_row(record) for record in records))
     write_report(report, src, source, records, config)
     return Ingested(manifest, report, source, records)
+
+
+def check_out(src: str, out: str) -> Path:
+    """The folder for the results, if nothing of the user's would be lost in it.
+
+    Raises:
+        ValueError: it is empty, a file, the source, or has a manifest that ingest did not make.
+    """
+    if not out:
+        raise ValueError("OUT is empty; expected a folder for the results")
+    folder, manifest = Path(out), Path(out, "manifest.jsonl")
+    place = src.removeprefix("file://")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"OUT {out} is a file; expected a folder for the results")
+    if os.path.realpath(place) == os.path.realpath(folder):
+        raise ValueError(f"OUT {out} is the source itself; choose another OUT")
+    if os.path.realpath(place) == os.path.realpath(manifest):
+        raise ValueError(f"{manifest} is the source and would be overwritten; choose another OUT")
+    if manifest.exists() and not (folder / "steps").is_dir():
+        raise ValueError(
+            f"{manifest} is there, and no ingest made it (there is no {folder / 'steps'}); "
+            "choose another OUT"
+        )
+    return folder
 
 
 def check_tools(config: IngestConfig) -> None:
@@ -150,12 +182,12 @@ def _engine(engine: str, address: str | None, workers: int | None) -> Iterator[E
 
 def _select(records: list[Record], config: IngestConfig, store: Store, run: Engine) -> None:
     """Decides on every clip. What people wrote is read for all; models see the clips that passed
-    everything before them."""
+    everything before them. A clip that cannot get a caption any more is no better copy of any."""
     for record in records:
         record["drop_reasons"] = filter_reasons(record, config.filters)
 
     def update(step: Step, concerns: Callable[[Record], Any]) -> None:
-        some = [record for record in records if concerns(record)]
+        some = [record for record in records if "unwanted" not in record and concerns(record)]
         for record, after in zip(some, store.run(step, some, run, config.time_limit)):
             record.update(after)
             if "error" in after:
@@ -163,6 +195,9 @@ def _select(records: list[Record], config: IngestConfig, store: Store, run: Engi
 
     embed, write = model_steps(config)
     update(caption_step(), lambda record: record["sidecars"] or "column" in record)
+    for record in records:
+        if write is None and lacks_caption(record, config.captions):
+            settle_captions(record, config.captions)
     if embed is not None:
         update(embed, lambda record: not record["drop_reasons"])
     mark_duplicates(records, config.duplicates)

@@ -71,6 +71,20 @@ class Filters(_Section):
     max_text: Share = 0.1
     max_logo: Share = 0.1
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Filters:
+        limits = {bound.key: getattr(self, bound.key) for bound in BOUNDS}
+        for key, limit in limits.items():
+            if limit is not None and limit < 0:
+                raise ValueError(f"{key}={limit:g} is negative; expected 0 or more, or null")
+            most_key = key.replace("min_", "max_")
+            most = limits.get(most_key)
+            if limit is not None and most is not None and limit > most:
+                raise ValueError(
+                    f"{key}={limit:g} is more than {most_key}={most:g}: no clip would be kept"
+                )
+        return self
+
 
 class Clip(_Section):
     """An open_clip image tower.
@@ -178,6 +192,16 @@ class IngestConfig(_Section):
     duplicates: Duplicates = Duplicates()
     captions: Captions = Captions()
 
+    @model_validator(mode="after")
+    def _consistent(self) -> IngestConfig:
+        least, most = self.filters.min_seconds, self.scenes.max_seconds
+        if least is not None and most is not None and least > most:
+            raise ValueError(
+                f"filters.min_seconds={least:g} is more than scenes.max_seconds={most:g}: no clip "
+                "would be kept"
+            )
+        return self
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -271,5 +295,5 @@ def _describe(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{name}: missing; it has no default"
     if problem["type"] == "value_error":
-        return f"{name}: {message}"
+        return f"{name}: {message}" if name else message
     return f"{name}: got {problem['input']!r}, expected {message.removeprefix('Input should be ')}"

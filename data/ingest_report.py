@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import html
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.charts import histogram
 from data.ingest_config import BOUNDS, IngestConfig
-from data.ingest_select import kind_of, name_of
+from data.ingest_select import count_kinds, kind_of, name_of
 from data.ingest_source import Source
 
 Record = dict[str, Any]
@@ -110,29 +110,38 @@ def _table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
 
 
 def _totals(src: str, source: Source, records: Sequence[Record], kept: Sequence[Record]) -> str:
-    reasons = Counter(kind_of(why) for record in records for why in record["drop_reasons"])
+    reasons = count_kinds(records)
     num_sidecars = sum(len(record["sidecars"]) for record in source.files)
     seconds = [sum(record.get("seconds", 0.0) for record in some) for some in (records, kept)]
     rows: list[Sequence[object]] = [
         ("source", src),
-        ("media files, or rows of a manifest", len(source.files)),
+        ("rows of a manifest" if source.is_manifest else "media files", source.size if source.is_manifest else len(source.files)),
         ("sidecar files beside them", num_sidecars),
-        ("other files, skipped", len(source.skipped)),
+        ("other rows, skipped" if source.is_manifest else "other files, skipped", len(source.skipped)),
         ("clips", len(records)),
         ("kept", len(kept)),
-        ("hours of video", f"{seconds[0] / 3600:.2f}, kept {seconds[1] / 3600:.2f}"),
+        ("video", f"{_length(seconds[0])}, kept {_length(seconds[1])}"),
     ]
     rows += [(f"dropped: {kind}", count) for kind, count in reasons.most_common()]
     note = '<p class="dim">A clip with several reasons is counted under each.</p>'
-    return _table(rows) + (note if reasons else "")
+    overlap = reasons.total() > len(records) - len(kept)
+    return _table(rows) + (note if overlap else "")
+
+
+def _length(seconds: float) -> str:
+    for name, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.1f} s"
 
 
 def _histograms(records: Sequence[Record], kept: Sequence[Record], config: IngestConfig) -> str:
     """Of everything that a filter looks at, with its thresholds, and of captions and sizes."""
-    limits: dict[str, list[float]] = defaultdict(list)
+    limits: dict[str, dict[str, float]] = defaultdict(dict)
     for bound in BOUNDS:
         limit = getattr(config.filters, bound.key)
-        limits[bound.column] += [] if limit is None else [float(limit)]
+        if limit is not None:
+            limits[bound.column][bound.key] = float(limit)
     titles = {
         "seconds": "length of clips, seconds",
         "shown_width": "width, pixels",
@@ -154,8 +163,11 @@ def _histograms(records: Sequence[Record], kept: Sequence[Record], config: Inges
         [float(len(text.split())) for record in some for text in _captions(record)]
         for some in (records, kept)
     )
-    charts.append(histogram("length of captions, words", words, chosen, []))
-    key = '<p class="dim">Grey: all clips. Blue: those that are kept. Red: the thresholds.</p>'
+    charts.append(histogram("length of captions, words", words, chosen, {}))
+    key = (
+        '<p class="dim">Grey: all clips. Blue: those that are kept. Red: the thresholds. '
+        "Top right: the clips of the highest bar.</p>"
+    )
     return f'<h2>What was measured</h2>{key}<div class="charts">{"".join(charts)}</div>'
 
 
@@ -187,11 +199,13 @@ def _clip(record: Record) -> str:
 
 def _about(record: Record) -> str:
     """A picture, the name, the size and the captions."""
-    facts = [f"{record['shown_width']}x{record['shown_height']}"]
+    facts = []
+    if "shown_width" in record:
+        facts.append(f"{record['shown_width']}x{record['shown_height']}")
     if "seconds" in record:
         facts += [f"{record['seconds']:.2f} s", f"{record['fps']:.4g} fps"]
     facts += [f"{n} {record[n]:.3g}" for n in ("motion", "jerk", "sharpness") if n in record]
-    if record.get("crop"):
+    if record.get("crop") and "width" in record:
         facts.append("cropped from {}x{}".format(record["width"], record["height"]))
     captions = "".join(f'<p class="caption">{_text(text)}</p>' for text in _captions(record))
     head = f'{_picture(record)}<p>{_text(name_of(record))}</p><p class="dim">{", ".join(facts)}</p>'
@@ -229,8 +243,8 @@ def _caption_problems(records: Sequence[Record], most: int) -> tuple[int, str]:
 
 def _skipped(source: Source, most: int) -> str:
     counts = _table(
-        [(suffix, count) for suffix, count in source.skipped_suffixes.most_common()],
-        ("ending", "files"),
+        source.skipped_kinds.most_common(),
+        ("reason", "rows") if source.is_manifest else ("ending", "files"),
     )
     rows = source.skipped[:most]
     left = len(source.skipped) - most

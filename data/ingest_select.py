@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def derive(records: Sequence[Record], out: Path) -> None:
 
 def filter_reasons(record: Record, filters: Filters) -> list[str]:
     """Why a clip is dropped: what was measured, and what is asked for; empty for one that stays."""
+    if "unwanted" in record:
+        return list(record["unwanted"])
     if "error" in record:
         return [f"not readable: {record['error']}"]
     reasons = []
@@ -73,8 +76,16 @@ def kind_of(reason: str) -> str:
     return "duplicate" if kind.startswith("duplicate of") else kind
 
 
+def count_kinds(records: Sequence[Record]) -> Counter[str]:
+    """Dropped clips by the kinds of their reasons; one with several is counted under each."""
+    return Counter(
+        kind for record in records for kind in {kind_of(why): None for why in record["drop_reasons"]}
+    )
+
+
 def mark_duplicates(records: Sequence[Record], settings: Duplicates) -> None:
-    """Adds `duplicate_of` and a reason to each clip that shows the same as a better one.
+    """Adds `duplicate_of` and a reason to each clip that shows the same as a better one, which takes
+    over its captions if it has none.
 
     Of clips that show the same, the longest is kept, of these the largest, of these the first.
     Clips that are dropped already take no part; images are compared with images alone.
@@ -103,6 +114,9 @@ def mark_duplicates(records: Sequence[Record], settings: Duplicates) -> None:
                 )
             record["duplicate_of"] = name_of(other)
             record["duplicate"] = other
+            if record.get("written") and not other.get("written"):
+                other["written"] = record["written"]
+                other["written_by"] = "files of a duplicate"
             record["drop_reasons"].append(f"duplicate of {name_of(other)}: {measured}")
 
 
@@ -122,12 +136,20 @@ def _criteria(members: Sequence[Record], settings: Duplicates) -> list[Vectors]:
     return criteria
 
 
+def lacks_caption(record: Record, settings: Captions) -> bool:
+    """Whether a clip has no caption and no default either."""
+    return settings.default is None and not (record.get("written") or record.get("generated"))
+
+
 def settle_captions(record: Record, settings: Captions) -> None:
     """Gives a clip its `caption`, and says in `caption_from` where it is from; without any it is
     dropped."""
+    if "unwanted" in record:
+        return
     written, generated = record.get("written", []), record.get("generated", [])
     captions = list(dict.fromkeys([*written, *generated]))
-    sources = [name for name, some in (("files", written), ("captioner", generated)) if some]
+    files = record.get("written_by", "files")
+    sources = [name for name, some in ((files, written), ("captioner", generated)) if some]
     if not captions and settings.default is not None:
         captions, sources = [settings.default], ["default"]
     if captions:
@@ -143,7 +165,9 @@ def settle_captions(record: Record, settings: Captions) -> None:
 def manifest_row(record: Record) -> Record:
     """A record as a row of the manifest: every measured value, kept or not."""
     row: Record = {"path": record["shown"]}
-    if "caption" in record:
+    if "unwanted" in record and "column" in record:  # the row stays what it was
+        row["caption"] = record["column"]
+    elif "caption" in record:
         row["caption"] = record["caption"]
     row["keep"] = not record["drop_reasons"]
     row["drop_reasons"] = record["drop_reasons"]

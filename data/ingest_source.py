@@ -24,6 +24,8 @@ VIDEO_SUFFIXES = tuple(_VIDEO_SUFFIXES.split())
 SIDECAR_SUFFIXES = (".txt", ".json", ".srt")
 MANIFEST_SUFFIXES = (".jsonl", ".csv", ".parquet")
 
+_FIRST_RESULTS = "steps/probe.jsonl"  # of every ingest, in its OUT
+
 Record = dict[str, Any]
 
 
@@ -34,16 +36,29 @@ class Source:
     Attributes:
         files: a record per media file, or per row of a manifest: `path`, which opens it from
             anywhere; `version`, which changes when the file does; `sidecars`, as [path, version]
-            each; of a manifest also `column`, its caption, `row`, its other columns, `start` and `end`.
+            each; of a manifest also `column`, its caption, `row`, its other columns, `start`, `end`
+            and `crop`, and of a row with `keep: false` `unwanted`, the reasons.
         skipped: (path, why) of everything else, by which nothing is lost silently.
+        is_manifest: `files` are rows of one.
     """
 
     files: list[Record] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    is_manifest: bool = False
 
     @property
-    def skipped_suffixes(self) -> Counter[str]:
-        """How many files were skipped, by their endings."""
+    def size(self) -> str:
+        """How many files there are, in words."""
+        if not self.is_manifest:
+            return f"{len(self.files)} files"
+        num_files = len({record["path"] for record in self.files})
+        return f"{len(self.files)} rows of {num_files} files"
+
+    @property
+    def skipped_kinds(self) -> Counter[str]:
+        """How many files were skipped, by their endings; how many rows, by the reason."""
+        if self.is_manifest:
+            return Counter(reason.partition(":")[0] for _, reason in self.skipped)
         return Counter(_suffix(path) or "(none)" for path, _ in self.skipped)
 
 
@@ -56,7 +71,7 @@ def find_source(src: str, out: Path) -> Source:
         out: where the results go; it is left out when it lies inside `src`.
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: there is nothing in it to ingest.
+        ValueError: there is nothing in it to ingest, or it holds the results of an ingest.
     """
     if "://" in src and src.lower().endswith(MANIFEST_SUFFIXES):
         from data.media import local_copy
@@ -66,6 +81,11 @@ def find_source(src: str, out: Path) -> Source:
     elif "://" in src:
         source = _from_listing(_listed(src), str(src))
     elif os.path.isdir(src):
+        if _has_results(src):
+            raise ValueError(
+                f"{src} holds the results of an ingest (steps/, thumbnails/); give the folder of the "
+                "raw videos, or its manifest.jsonl"
+            )
         source = _from_folder(os.path.abspath(src), out)
     elif not os.path.exists(src):
         raise FileNotFoundError(f"nothing at {src}: expected a folder, a media file or a manifest")
@@ -74,7 +94,7 @@ def find_source(src: str, out: Path) -> Source:
     else:
         source = _from_folder(os.path.dirname(os.path.abspath(src)), out, only=src)
     if not source.files:
-        counts = ", ".join(f"{n} {suffix}" for suffix, n in source.skipped_suffixes.most_common(8))
+        counts = ", ".join(f"{n} {kind}" for kind, n in source.skipped_kinds.most_common(8))
         found = f"skipped {len(source.skipped)}: {counts}" if source.skipped else "it is empty"
         raise ValueError(f"no video or image in {src}; {found}")
     return source
@@ -98,7 +118,8 @@ def _from_folder(root: str, out: Path, only: str | None = None) -> Source:
         wanted = os.path.abspath(only)
         stem = os.path.splitext(wanted)[0]
         names = (base + suffix for base in (stem, wanted) for suffix in SIDECAR_SUFFIXES)
-        found = [(path, _version(path)) for path in (wanted, *names) if os.path.isfile(path)]
+        beside = dict.fromkeys(name for name in names if os.path.isfile(name) and name != wanted)
+        found = [(path, _version(path)) for path in (wanted, *beside)]
     media = [(p, v) for p, v in found if p == wanted or _is_media(p)]
     _pair(source, media, dict(found))
     return source
@@ -145,11 +166,18 @@ def _look_at(path: str, name: str, out: str, seen: dict[tuple[int, int], str]) -
         return "not a regular file", False
     if is_folder and os.path.realpath(path) == out:
         return "the folder of the results", False
+    if is_folder and _has_results(path):
+        return "the results of an ingest", False
     here = (status.st_dev, status.st_ino)
     if here in seen:  # a symbolic or hard link, or a loop of them
         return f"the same as {seen[here]}, by a link", False
     seen[here] = path
     return "", is_folder
+
+
+def _has_results(folder: str) -> bool:
+    """Is it the OUT of an ingest, finished or not? Its thumbnails are nobody's source."""
+    return os.path.isfile(os.path.join(folder, _FIRST_RESULTS))
 
 
 def _printable(path: str) -> str:
@@ -176,9 +204,15 @@ def _listed(url: str) -> Iterator[tuple[str, str]]:
 def _from_listing(found: Iterable[tuple[str, str]], root: str) -> Source:
     source = Source()
     visible = {}
-    for path, version in found:
+    everything = list(found)
+    results = tuple(
+        path.removesuffix(_FIRST_RESULTS) for path, _ in everything if path.endswith(_FIRST_RESULTS)
+    )
+    for path, version in everything:
         inside = path[len(root) :] if path.startswith(root) else path
-        if any(part.startswith(".") for part in inside.split("/")):
+        if path.startswith(results):
+            source.skipped.append((path, "the results of an ingest"))
+        elif any(part.startswith(".") for part in inside.split("/")):
             source.skipped.append((path, "hidden"))
         else:
             visible[path] = version
@@ -211,7 +245,7 @@ def _from_manifest(path: Path, name: str) -> Source:
         path: a local file with what the manifest says.
         name: the manifest's own path or URL, from where its paths start.
     """
-    source = Source()
+    source = Source(is_manifest=True)
     folder = name.rpartition("/")[0] if "://" in name else os.path.dirname(name)
     for line, found in read_records(path, name):
         where = f"{name}, line {line}"
@@ -228,12 +262,24 @@ def _from_manifest(path: Path, name: str) -> Source:
         for key in ("start", "end"):
             if row.get(key) is not None:
                 record[key] = float(row.pop(key))
+        if row.get("crop") is not None:
+            record["crop"] = row.pop("crop")
+        if not row.pop("keep", True):
+            record["unwanted"] = _reasons(row.pop("drop_reasons", None))
         if "://" not in place:
             record["sidecars"] = _beside(place)
         if "caption" in row:
             record["column"] = row.pop("caption")
         source.files.append(record | {"row": row})
     return source
+
+
+def _reasons(found: Any) -> list[str]:
+    """Why a source manifest drops a row, in its own words."""
+    reasons = found if isinstance(found, list) else [found]
+    words = [str(reason) for reason in reasons if reason] or ["no reason given"]
+    prefix = "in the source manifest: "
+    return [prefix + reason.removeprefix(prefix) for reason in words]
 
 
 def _beside(place: str) -> list[list[str]]:
@@ -267,4 +313,11 @@ def _as_row(found: Any) -> Record | str:
             return f"{key}: expected seconds, got {value!r}"
     if "end" in row and row["end"] <= row.get("start", 0.0):
         return f"end={row['end']} is not after start={row.get('start', 0.0)}"
+    if not isinstance(row.get("keep", True), bool):
+        return f"keep: expected true or false, got {row['keep']!r:.80}"
+    crop = row.get("crop")
+    if crop is not None and not (
+        isinstance(crop, list) and len(crop) == 4 and all(type(value) is int for value in crop)
+    ):
+        return f"crop: expected [x, y, width, height] in pixels, got {crop!r:.80}"
     return row

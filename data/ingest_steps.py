@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,11 +129,14 @@ def scenes(task: Record, settings: Scenes) -> list[Record]:
 
 
 def letterbox(task: Record, settings: Letterbox) -> list[Record]:
-    """The picture inside its bars, as `crop`, and the share of the whole that is bars."""
+    """The picture inside its bars, as `crop`, and the share of the whole that is bars; a crop that
+    the source manifest gives is taken as it is."""
     import cv2
 
     from data.letterbox import find_letterbox
 
+    if "crop" in task:
+        return [_given_crop(task)]
     if not settings.enabled:
         return [{}]
     start, end = _span(task)
@@ -145,8 +148,21 @@ def letterbox(task: Record, settings: Letterbox) -> list[Record]:
     crop = find_letterbox(np.stack(grey))
     if crop is None:
         return [{"bars": 0.0}]
-    left = crop[2] * crop[3] / (task["width"] * task["height"])
-    return [{"crop": list(crop), "bars": round(1 - left, 4)}]
+    return [{"crop": list(crop), "bars": _cropped_share(crop, task)}]
+
+
+def _given_crop(task: Record) -> Record:
+    (x, y, width, height), whole = task["crop"], (task["width"], task["height"])
+    if min(x, y) < 0 or min(width, height) < 1 or x + width > whole[0] or y + height > whole[1]:
+        return {
+            "error": f"crop {task['crop']} (x, y, width, height) of the source manifest is not inside "
+            f"the picture of {whole[0]}x{whole[1]}"
+        }
+    return {"bars": _cropped_share(task["crop"], task)}
+
+
+def _cropped_share(crop: Sequence[int], task: Record) -> float:
+    return round(1 - crop[2] * crop[3] / (task["width"] * task["height"]), 4)
 
 
 def measures(task: Record, settings: Measures) -> list[Record]:
@@ -267,7 +283,7 @@ def media_steps(config: IngestConfig) -> list[Step]:
     return [
         Step("probe", each(probe), ("path", "version"), None),
         Step("scenes", each(scenes), (*_CLIP, "duration"), config.scenes),
-        Step("letterbox", each(letterbox), (*_CLIP, "width", "height"), config.letterbox),
+        Step("letterbox", each(letterbox), (*_CLIP, "width", "height", "crop"), config.letterbox),
         Step("measures", each(measures), measured, config.measures),
     ]
 

@@ -54,8 +54,11 @@ class Store:
         self, step: Step, records: list[Record], engine: Engine, time_limit: float | None
     ) -> list[Record]:
         """The records after a step: each with the columns that the step found, one or several for
-        each; those with `error` go past it."""
-        keys = [None if "error" in record else step.key(_task(step, record)) for record in records]
+        each; those with `error`, and those that the source manifest drops, go past it."""
+        keys = [
+            None if "error" in record or "unwanted" in record else step.key(_task(step, record))
+            for record in records
+        ]
         done = self._load(step.name, {key for key in keys if key is not None})
         todo = {
             key: _task(step, record)
