@@ -105,16 +105,15 @@ def shards(
         typer.echo(f"left out  {path}: {reason}")
     if done.bad:
         typer.echo(f"{len(done.bad)} files cannot be read, of {done.num_bad_rows} rows")
-    if done.num_dropped or done.num_unusable:
-        typer.echo(
-            f"left out by the manifest's own keep: false: {done.num_dropped} rows; because they "
-            f"cannot be used: {done.num_unusable} rows"
-        )
+    if done.num_dropped:
+        typer.echo(f"left out, with keep: false in the manifest: {done.num_dropped} rows")
+    if done.num_unusable:
+        typer.echo(f"left out, since they cannot be used: {done.num_unusable} rows")
     if not done.num_rows:
         typer.echo("nothing is left: no manifest is written")
         raise typer.Exit(1)
     if done.num_over:
-        typer.echo(f"over {shard_size}, of one larger file each: {done.num_over} shards")
+        typer.echo(f"over {shard_size}, for one file that needs more: {done.num_over} shards")
     typer.echo(
         f"{done.num_rows} rows of {done.num_files} files in {done.num_shards} shards, {done.manifest}"
     )

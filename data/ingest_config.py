@@ -73,7 +73,7 @@ class Filters(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Filters:
-        limits = {bound.key: getattr(self, bound.key) for bound in BOUNDS}
+        limits: dict[str, float | None] = self.model_dump()
         for key, limit in limits.items():
             if limit is not None and limit < 0:
                 raise ValueError(f"{key}={limit:g} is negative; expected 0 or more, or null")

@@ -115,9 +115,15 @@ def _totals(src: str, source: Source, records: Sequence[Record], kept: Sequence[
     seconds = [sum(record.get("seconds", 0.0) for record in some) for some in (records, kept)]
     rows: list[Sequence[object]] = [
         ("source", src),
-        ("rows of a manifest" if source.is_manifest else "media files", source.size if source.is_manifest else len(source.files)),
+        (
+            "rows of a manifest" if source.is_manifest else "media files",
+            source.size if source.is_manifest else len(source.files),
+        ),
         ("sidecar files beside them", num_sidecars),
-        ("other rows, skipped" if source.is_manifest else "other files, skipped", len(source.skipped)),
+        (
+            "other rows, skipped" if source.is_manifest else "other files, skipped",
+            len(source.skipped),
+        ),
         ("clips", len(records)),
         ("kept", len(kept)),
         ("video", f"{_length(seconds[0])}, kept {_length(seconds[1])}"),

@@ -79,7 +79,9 @@ def kind_of(reason: str) -> str:
 def count_kinds(records: Sequence[Record]) -> Counter[str]:
     """Dropped clips by the kinds of their reasons; one with several is counted under each."""
     return Counter(
-        kind for record in records for kind in {kind_of(why): None for why in record["drop_reasons"]}
+        kind
+        for record in records
+        for kind in {kind_of(why): None for why in record["drop_reasons"]}
     )
 
 

@@ -263,7 +263,7 @@ def _from_manifest(path: Path, name: str) -> Source:
             if row.get(key) is not None:
                 record[key] = float(row.pop(key))
         if row.get("crop") is not None:
-            record["crop"] = row.pop("crop")
+            record["crop"] = [int(value) for value in row.pop("crop")]
         if not row.pop("keep", True):
             record["unwanted"] = _reasons(row.pop("drop_reasons", None))
         if "://" not in place:
@@ -317,7 +317,11 @@ def _as_row(found: Any) -> Record | str:
         return f"keep: expected true or false, got {row['keep']!r:.80}"
     crop = row.get("crop")
     if crop is not None and not (
-        isinstance(crop, list) and len(crop) == 4 and all(type(value) is int for value in crop)
+        isinstance(crop, list)
+        and len(crop) == 4
+        and all(
+            type(value) is int or (type(value) is float and value.is_integer()) for value in crop
+        )
     ):
         return f"crop: expected [x, y, width, height] in pixels, got {crop!r:.80}"
     return row

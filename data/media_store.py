@@ -200,8 +200,11 @@ def matching(url: str) -> list[str]:
     """
     if not any(sign in url.partition("://")[2] for sign in "*["):
         return [url]
+    http = url.startswith(("http://", "https://"))
+    by_walking = http or re.match(r"s3a?://[^*?[]*/[*?[]", url)  # else S3 looks for a prefix
     with naming(url):
-        found = _request(url, "glob")
+        # Or a folder that cannot be listed for a moment is one without files.
+        found = _request(url, "glob", **({"on_error": "raise"} if by_walking else {}))
         filesystem, _ = _filesystem(url)
         if not found:
             raise FileNotFoundError

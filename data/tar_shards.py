@@ -105,7 +105,7 @@ def write_shards(path: str | os.PathLike[str], out: str, shard_bytes: int) -> Sh
             shard = writer.shard(number, first, progress)
             lines += [(index, json.dumps(row, ensure_ascii=False)) for index, row in shard["rows"]]
             done.bad += [(name, reason) for name, reason in shard["bad"]]
-            done.num_over += shard["over"]
+            done.num_over += shard.get("over", False)
             number, first = number + 1, shard["next"]
     done.num_shards = number
     done.num_files -= len(done.bad)
@@ -158,7 +158,7 @@ class _Folder:
     def _refuse_manifest(self) -> None:
         raise ValueError(
             f"{self._manifest} is there already, and not the one of these shards; use another "
-            "folder, or remove it"
+            "folder, or move that file"
         )
 
     def read(self, name: str) -> bytes | None:
@@ -228,7 +228,7 @@ class _Writer:
         origin = {"manifest": self.manifest.fingerprint(), "shard_bytes": self.shard_bytes}
         text = self.folder.read(f"{name}.json")
         record = json.loads(text) if text else None
-        if record is not None and record["origin"] != origin:
+        if record is not None and record.get("origin") != origin:
             raise ValueError(
                 f"{self.folder} holds the shards of another manifest or shard size; use another "
                 "folder, or delete it"

@@ -204,7 +204,7 @@ def test_every_file_seen_is_accounted_for(raw, done):
     assert why["broken.mp4"] == "a broken link"
     assert why["pipe.mp4"] == "not a regular file"
     assert "by a link" in why["loop"]
-    assert done.source.skipped_suffixes[".mp4"] == 3
+    assert done.source.skipped_kinds[".mp4"] == 3
 
 
 def test_the_report_shows_everything_and_escapes_it(done):

@@ -35,6 +35,7 @@ def source(tmp_path):
         write_video(folder / f"{k} ü\n.mp4", video, fps=8)
         rows.append({"path": f"{k} ü\n.mp4", "caption": f"clip {k}", "score": k / 8})
     Image.new("RGB", (16, 16), (9 * 20, 0, 9)).save(folder / "still.PNG")
+    rows[0]["text"] = 0.25  # a share, and no caption
     rows[1] |= {"start": 0.125, "end": 0.5, "crop": [0, 0, 8, 8], "tags": ["a", "<b>"]}
     rows.insert(4, {"path": "still.PNG", "caption": ["a picture", "ein Bild\nü"]})
     rows.insert(7, {"path": rows[1]["path"], "caption": ["again", "and again"]})
@@ -86,7 +87,10 @@ def test_shards_are_the_same_every_time_and_of_bounded_size(source, tmp_path):
                 assert tar.offset <= 14_000
             assert len(data) % tarfile.RECORDSIZE == 0
     # One file is more than that: a shard each.
-    assert write_shards(source / "m.jsonl", str(tmp_path / "c"), 100).num_shards == 10
+    done = write_shards(source / "m.jsonl", str(tmp_path / "c"), 100)
+    assert (done.num_shards, done.num_over) == (10, 10)
+    assert write_shards(source / "m.jsonl", str(tmp_path / "c"), 100).num_over == 10
+    assert write_shards(source / "m.jsonl", str(tmp_path / "a"), 14_000).num_over == 0
 
 
 def test_webdataset_reads_ours(source, tmp_path):
@@ -126,7 +130,7 @@ def theirs(source, tmp_path):
         {
             "__key__": "1",
             "MP4": clips[1],
-            "json": {"caption": "from json", "width": 7},
+            "json": {"caption": "from json", "width": 7, "text": 0.5},
             "txt": "no",
         },
         {"__key__": "2", "video.mp4": clips[2], "cap": b"a cap"},
@@ -168,8 +172,9 @@ def test_shards_of_others_are_indexed_and_read(theirs, tmp_path):
     assert [row.get("caption") for row in rows] == [
         *("plain text", "from json", "a cap", ["one", "two"], None, "a still", "a long name"),
     ]
-    assert rows[1]["width"] == 7
-    assert (found.num_shards, found.num_samples) == (2, 7)
+    assert (rows[1]["width"], rows[1]["text"]) == (7, 0.5)
+    assert "text" not in rows[3], "that was the caption"
+    assert (found.num_shards, found.num_samples, found.num_rows) == (2, 7, 7)
     assert (found.num_silent, found.num_without_media) == (1, 1)
     assert len(found.bad) == 1
     assert "5.json is not JSON" in found.bad[0][1]
@@ -206,9 +211,9 @@ def test_damaged_shards_are_named(source, tmp_path):
     for row in read_manifest(tmp_path / "i.jsonl").rows:
         read_clip(tmp_path / row.path, num_frames=1, fps=8, height=16, width=16)
     with pytest.raises(ValueError, match=r"no video or image in any of the 1 shards; .*unpack it"):
-        index_shards([str(tmp_path / "zip.tar")], tmp_path / "i.jsonl")
+        index_shards([str(tmp_path / "zip.tar")], tmp_path / "j.jsonl")
     with pytest.raises(FileNotFoundError, match="no such file"):
-        index_shards([str(tmp_path / "x*.tar")], tmp_path / "i.jsonl")
+        index_shards([str(tmp_path / "x*.tar")], tmp_path / "j.jsonl")
 
 
 # Interruptions and mistakes
@@ -248,8 +253,55 @@ def test_an_interrupted_call_continues(source, tmp_path, monkeypatch):
 
 def test_other_shards_in_the_folder_are_not_mixed_in(source, tmp_path):
     write_shards(source / "m.jsonl", str(tmp_path / "out"), 14_000)
-    with pytest.raises(ValueError, match="another manifest or shard size"):
+    with pytest.raises(ValueError, match="out holds the shards of another manifest or shard size"):
         write_shards(source / "m.jsonl", str(tmp_path / "out"), 15_000)
+
+
+def test_no_other_manifest_is_replaced(source, tmp_path, monkeypatch):
+    (source / "m.jsonl").rename(source / "manifest.jsonl")
+    before = files(source)
+    monkeypatch.chdir(source)
+    (tmp_path / "link").symlink_to(source)
+    for path in ("manifest.jsonl", str(source / "manifest.jsonl"), f"file://{tmp_path}/link"):
+        path = path if path.endswith("jsonl") else f"{path}/manifest.jsonl"
+        with pytest.raises(ValueError, match="would take its place; use another folder"):
+            write_shards(path, "../link", 14_000)
+    assert files(source) == before
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "manifest.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match=r"out/manifest.jsonl is there already"):
+        write_shards("manifest.jsonl", str(out), 14_000)
+    assert files(out) == {"manifest.jsonl": b"mine"}, "and nothing was done for nothing"
+    (out / "manifest.jsonl").unlink()
+    write_shards("manifest.jsonl", str(out), 14_000)
+    (out / "manifest.jsonl").write_text("mine, made since")
+    with pytest.raises(ValueError, match=r"out/manifest.jsonl is there already"):
+        write_shards("manifest.jsonl", str(out), 14_000)
+    assert (out / "manifest.jsonl").read_text() == "mine, made since"
+
+
+def test_an_index_replaces_nothing_and_has_each_shard_once(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write_shards(source / "m.jsonl", str(out), 14_000)
+    before = files(out)
+    with pytest.raises(FileExistsError, match="is there already: choose another name"):
+        index_shards([str(out / "*.tar")], out / "manifest.jsonl")
+    assert files(out) == before
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/none: no such folder"):
+        index_shards([str(out / "*.tar")], tmp_path / "none" / "i.jsonl")
+    monkeypatch.chdir(out)
+    twice = ["00000.tar", str(out / "*.tar"), f"file://{out}/00001.tar"]
+    found = index_shards(twice, out / "index.jsonl")
+    assert (found.num_samples, found.num_rows) == (10, 11)
+    assert len((out / "index.jsonl").read_text().splitlines()) == 11
+
+
+def test_an_unknown_protocol_is_named(tmp_path):
+    for url in ("foo://x/*.tar", "foo::memory://x/a.tar"):
+        with pytest.raises(ValueError, match="foo:// is not known to fsspec; expected s3://"):
+            index_shards([url], tmp_path / "i.jsonl")
 
 
 def test_unreadable_files_are_reported_and_counted(source, tmp_path):
@@ -261,6 +313,8 @@ def test_unreadable_files_are_reported_and_counted(source, tmp_path):
     assert "the file is empty" in done.output
     assert "2 files cannot be read, of 3 rows" in done.output
     assert "8 rows of 8 files in 1 shards" in done.output
+    assert "left out," not in done.output
+    assert "over 1GB" not in done.output
     again = CliRunner().invoke(app, ["shards", str(source / "m.jsonl"), str(tmp_path / "out")])
     assert again.output == done.output
     for path in source.glob("*.mp4"):
@@ -271,12 +325,24 @@ def test_unreadable_files_are_reported_and_counted(source, tmp_path):
     assert not (tmp_path / "none" / "manifest.jsonl").exists()
 
 
+def test_the_summary_says_what_is_left_out_and_too_large(source, tmp_path):
+    with (source / "m.jsonl").open("a") as file:
+        for row in ({"path": "x.mp4", "caption": "x", "keep": False}, {"path": "y.mp4"}):
+            file.write(f"{json.dumps(row)}\n" * (2 if "keep" in row else 1))
+    command = ["shards", str(source / "m.jsonl"), str(tmp_path / "out"), "--shard-size", "100B"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "keep: false in the manifest: 2 rows" in done.output
+    assert "since they cannot be used: 1 rows" in done.output
+    assert "over 100B, for one file that needs more: 10 shards" in done.output
+
+
 def test_the_index_command(source, tmp_path):
     write_shards(source / "m.jsonl", str(tmp_path / "out"), 14_000)
     shards = sorted(str(path) for path in (tmp_path / "out").glob("*.tar"))
     done = CliRunner().invoke(app, ["index", *shards, "--out", str(tmp_path / "i.csv")])
     assert done.exit_code == 0, done.output
-    assert f"10 samples of {len(shards)} shards" in done.output
+    assert f"11 rows of 10 samples in {len(shards)} shards" in done.output
     assert len(read_manifest(tmp_path / "i.csv").rows) == 11
 
 
