@@ -265,7 +265,8 @@ def test_an_answer_that_is_cut_off_is_asked_for_again(
 
 def test_an_extra_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)  # of an earlier test
+    loaded = sys.modules["fsspec.registry"]._registry  # by earlier tests
+    monkeypatch.delitem(loaded, "s3", raising=False)
     with pytest.raises(VideoReadError, match=r"pip install 'zoetrope\[s3\]'"):
         VideoReader("s3://b/a.mp4")
 
