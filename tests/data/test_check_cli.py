@@ -166,7 +166,9 @@ def test_the_kept_rows_can_be_written_with_what_was_measured(folder):
     (row,) = read_manifest(target).rows
     found = {"height": 32, "width": 32, "fps": 8.0, "duration": 1.125, "pixel_aspect": 1.0}
     assert row.model_extra == found | {"tag": "mine"}
-    assert "kept     line 1: good.mp4 [0.5, end]: 32x32, 5 frames at 8 fps, 0.625 s" in result.stdout
+    assert (
+        "kept     line 1: good.mp4 [0.5, end]: 32x32, 5 frames at 8 fps, 0.625 s" in result.stdout
+    )
     assert row.start == 0.5
     for name in ("no/x.jsonl", "x.txt", "m.jsonl"):  # before anything is read
         result = rows_of(folder, rows[:1], "--write", str(folder / name))
