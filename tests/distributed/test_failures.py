@@ -22,15 +22,25 @@ odd = os.environ.get("RANK", "0") == sys.argv[2]
 calls = []
 """
 STALL_IN_DATA = """
+request = TrainingClips.request
+
+def stalled(self, g, bad=()):
+    if odd and g >= 8:
+        time.sleep(1000)
+    return request(self, g, bad)
+
+TrainingClips.request = stalled
+cli.main(["train", sys.argv[1]])
+"""
+STALL_IN_WORKER = """
 from dataclasses import replace
 request = TrainingClips.request
 nobody_writes = sys.argv[1] + ".fifo"
-if odd:
-    os.mkfifo(nobody_writes)
+os.mkfifo(nobody_writes)
 
 def stalled(self, g, bad=()):
     asked = request(self, g, bad)
-    return replace(asked, path=nobody_writes) if odd and g >= 8 else asked
+    return replace(asked, path=nobody_writes) if g >= 8 else asked
 
 TrainingClips.request = stalled
 cli.main(["train", sys.argv[1]])
@@ -144,9 +154,9 @@ def test_a_stalled_rank_is_named(room, odd, tmp_path, text, phase):
 def test_a_stall_of_a_single_process_is_named(room, odd, tmp_path):
     """With a loader process that waits for storage, say."""
     config = room.write(
-        tmp_path / "run", "vae", train={"stall_timeout": 6}, data={"num_workers": 1}
+        tmp_path / "run", "vae", train={"stall_timeout": 15}, data={"num_workers": 1}
     )
-    code, output = odd(STALL_IN_DATA, config, rank=0, processes=0)
+    code, output = odd(STALL_IN_WORKER, config, rank=0, processes=0)
     assert code == 70
     assert "stalled: this process (" in output
     assert "has been waiting for data in step 3 for" in output
