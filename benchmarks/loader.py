@@ -26,7 +26,7 @@ from data.loader import ClipLoader
 from data.manifest import read_manifest, write_manifest
 from data.video import VideoReader, probe, write_video
 from train.cache_folder import CHECKSUMS, CacheFolder, checksum
-from train.latent_cache import read_posterior
+from train.latents import LatentRequest
 
 
 def plain_pyav(path: str) -> int:
@@ -146,23 +146,16 @@ class _Cached:
             self.cache.write(index, {"mean": mean, "std": std, CHECKSUMS: sums}, {})
 
     def request(self, g: int, bad: object = ()) -> object:
-        return _Place(self.cache.shard(g // 64 % (self.rows // 64)), g % 64)
+        clip = {"size": (33, 240, 416), "fps": 16.0, "start": 0.0, "end": None, "crop": None}
+        about = {"g": g, "row": g, "caption": "", "path": "", "position": 0.0, "backend": "auto"}
+        shard = self.cache.shard(g // 64 % (self.rows // 64))
+        return LatentRequest(**clip, **about, shard=shard, place=g % 64)  # type: ignore[arg-type]
 
     def sample(self, request: object, value: torch.Tensor, bad: object) -> torch.Tensor:
         return value
 
     def collate(self, samples: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"posterior": torch.stack(samples)}
-
-
-class _Place:
-    is_here, name = False, ""
-
-    def __init__(self, path: Path, place: int) -> None:
-        self.path, self.place = path, place
-
-    def read(self) -> torch.Tensor:
-        return read_posterior(Path(self.path), self.place)
 
 
 def from_cache(folder: Path, step_seconds: float, micro_batch: int, steps: int) -> None:

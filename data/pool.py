@@ -317,10 +317,12 @@ def _work(
     try:
         pipe.send(("ready", None))
         while True:
-            task = pipe.recv()
             try:
+                task = pipe.recv()
                 outcome = function(task, note)
-            except Exception as error:
+            except (EOFError, BrokenPipeError):
+                raise
+            except Exception as error:  # of the function; or of a task whose class is not to be had
                 outcome = _sendable(error)
             last = memory_limit is not None and _resident_bytes() - at_start > memory_limit
             try:

@@ -138,3 +138,17 @@ def test_a_script_need_not_guard_against_its_workers(tmp_path):
         [sys.executable, script], env=environment, capture_output=True, text=True, timeout=120
     )
     assert run.stdout == "{0: 2.0, 1: 3.0}\n", run.stderr
+
+
+def test_a_task_that_a_worker_cannot_have_is_an_error(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from math import sqrt\nfrom data.pool import run_tasks\nclass Mine: pass\n"
+        "list(run_tasks(sqrt, [Mine()], workers=1))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 1
+    assert "Can't get attribute 'Mine'" in run.stderr.splitlines()[-1]
