@@ -10,7 +10,7 @@ tokens in several sizes (data/packing.py); data/order.py says which counter is w
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -181,13 +181,7 @@ class ClipDataset(Dataset[Sample]):
         Raises:
             ValueError: so many clips in a row cannot be read that the rest won't be either.
         """
-        bad: list[tuple[str, str]] = []
-        while True:
-            request = self.request(g, bad)
-            try:
-                return self.sample(request, request.read(), bad)
-            except VideoReadError as error:
-                bad.append((request.name, error.reason))
+        return read_sample(self.request, self.sample, g)
 
     def request(self, g: int, bad: Sequence[tuple[str, str]] = ()) -> ClipRequest:
         """What is to be read for sample number `g`.
@@ -239,14 +233,15 @@ class ClipDataset(Dataset[Sample]):
 
 def collate(samples: list[Sample]) -> Batch:
     """A batch of samples of one size, which all samples of a step have but of a packed one."""
-    return _batch(samples, torch.stack([sample["video"] for sample in samples]))
+    video = torch.stack([sample["video"] for sample in samples])
+    return Batch(video=video, **described(samples))
 
 
 def collate_packed(samples: list[Sample]) -> PackedBatch:
     """A batch of samples of any sizes."""
     videos = [sample["video"] for sample in samples]
     sizes = torch.tensor([video.shape[1:] for video in videos])
-    return PackedBatch(**_batch(samples, flatten(videos)), sizes=sizes)
+    return PackedBatch(video=flatten(videos), sizes=sizes, **described(samples))
 
 
 def flatten(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -254,14 +249,33 @@ def flatten(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def _batch(samples: list[Sample], video: torch.Tensor) -> Batch:
-    return Batch(
-        video=video,
-        captions=[sample["caption"] for sample in samples],
-        rows=[sample["row"] for sample in samples],
-        g=[sample["g"] for sample in samples],
-        bad=[entry for sample in samples for entry in sample["bad"]],
-    )
+def described(samples: Sequence[Any]) -> dict[str, Any]:
+    """What a batch says of its samples, beside what was read."""
+    return {
+        "captions": [sample["caption"] for sample in samples],
+        "rows": [sample["row"] for sample in samples],
+        "g": [sample["g"] for sample in samples],
+        "bad": [entry for sample in samples for entry in sample["bad"]],
+    }
+
+
+def read_sample(
+    ask: Callable[[int, list[tuple[str, str]]], Any],
+    make: Callable[[Any, Any, list[tuple[str, str]]], Any],
+    g: int,
+) -> Any:
+    """Sample number `g`, read here: what cannot be read is asked for anew, and named in the sample.
+
+    Args:
+        ask, make: a dataset's `request` and `sample`.
+    """
+    bad: list[tuple[str, str]] = []
+    while True:
+        request = ask(g, bad)
+        try:
+            return make(request, request.read(), bad)
+        except VideoReadError as error:
+            bad.append((request.name, error.reason))
 
 
 class BadFiles:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.charts import histogram
+from data.files import replacing
 from data.ingest_config import BOUNDS, IngestConfig
 from data.ingest_select import count_kinds, kind_of, name_of
 from data.ingest_source import Source
@@ -78,12 +79,8 @@ def write_report(
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         partial.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _text(value: object) -> str:

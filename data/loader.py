@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from data.dataset import read_sample
 from data.pool import Lost, Note, TaskPool
 from data.video_file import VideoReadError
 
@@ -92,7 +93,8 @@ class ClipLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if not self.workers:
             for numbers in self.batches:
-                yield self._finish([self._read_here(g) for g in numbers])
+                read = [read_sample(self.ask, self.dataset.sample, g) for g in numbers]
+                yield self._finish(read)
             return
         reader = _Reader(self)
         try:
@@ -108,15 +110,6 @@ class ClipLoader:
             if reason is None:
                 return request
             bad.append((request.name, reason))
-
-    def _read_here(self, g: int) -> Any:
-        bad: list[tuple[str, str]] = []
-        while True:
-            request = self.ask(g, bad)
-            try:
-                return self.dataset.sample(request, request.read(), bad)
-            except VideoReadError as error:
-                bad.append((request.name, error.reason))
 
     def _finish(self, samples: list[Any]) -> dict[str, Any]:
         batch = self.dataset.collate(samples)

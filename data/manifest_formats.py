@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data.files import replacing
+
 _SUFFIXES = (".jsonl", ".csv", ".parquet")
 # Columns whose CSV cells are text, even when they look like a number.
 _TEXT_COLUMNS = ("path",)
@@ -42,8 +44,7 @@ def write_manifest(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]])
     """
     path = Path(path)
     suffix = known_suffix(str(path))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         if suffix == ".jsonl":
             with partial.open("w", encoding="utf-8") as file:
                 for row in rows:
@@ -52,9 +53,6 @@ def write_manifest(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]])
             _write_csv(partial, list(rows))
         else:
             _write_parquet(partial, list(rows))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def known_suffix(name: str) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from data.files import replacing
 
 _MIN_SIDE = 96  # smaller pictures are shown larger, pixel by pixel
 
@@ -93,12 +94,8 @@ def write_page(
     """
     body = "\n".join(_section(batch, fps) for batch in batches)
     page = _PAGE.format(title=html.escape(title), intro=html.escape(intro), body=body)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _section(batch: ShownBatch, fps: float) -> str:

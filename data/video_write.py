@@ -14,6 +14,8 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
+from data.files import replacing
+
 if TYPE_CHECKING:
     import torch
 
@@ -58,12 +60,8 @@ def write_video(
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
 
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         _encode(partial, frames, Fraction(fps).limit_denominator(1001), crf, 1 if tiny else 0)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _as_frames(video: np.ndarray | torch.Tensor) -> np.ndarray:

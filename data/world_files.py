@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data.files import replacing
 from data.randomness import numpy_generator
 from data.video_write import write_video
 from data.workers import interrupts_deferred
@@ -201,10 +202,5 @@ def _render_clips(out: Path, spec: WorldSpec, indices: list[int]) -> int:
 
 
 def _write_atomically(path: Path, lines: Iterable[str]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w") as file:
-            file.writelines(lines)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("w") as file:
+        file.writelines(lines)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from data.files import replacing
+
 if TYPE_CHECKING:
     from data.manifest import Manifest
     from eval.world_suite import Progress, WorldSettings
@@ -220,12 +222,8 @@ def _check_writable(output: Path) -> None:
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
     """Write results in one step."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         partial.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _captions(manifest: Path | None) -> set[str]:

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from data.files import replacing
 from sample.processes import Ranks
 from sample.shards import save_tensors
 
@@ -78,9 +79,8 @@ class CacheFolder:
                     f"{self.kind} {self.folder} is a folder with something else in it; choose another"
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f".index.json.{os.getpid()}.partial"
-        partial.write_text(json.dumps({"fingerprint": dict(fingerprint)}, indent=1) + "\n")
-        os.replace(partial, index)
+        with replacing(index) as partial:
+            partial.write_text(json.dumps({"fingerprint": dict(fingerprint)}, indent=1) + "\n")
 
     def missing(self, num_shards: int, ranks: Ranks) -> list[int]:
         """The shards that are to be made; the same on every rank, as nobody writes meanwhile."""
@@ -95,13 +95,8 @@ class CacheFolder:
             tensors: by name; CHECKSUMS of them is among them.
             about: kept beside them.
         """
-        path = self.shard(index)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
+        with replacing(self.shard(index)) as partial:
             save_tensors(tensors, partial, {"about": json.dumps(about)})
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def about(self, index: int) -> dict[str, Any]:
         """What was kept beside the tensors of a shard.
@@ -109,8 +104,8 @@ class CacheFolder:
         Raises:
             ValueError: the shard is damaged.
         """
-        with self.reading(index), safe_open(self.shard(index), "pt") as file:
-            return dict(json.loads((file.metadata() or {})["about"]))
+        with self.reading(index):
+            return dict(json.loads((open_shard(self.shard(index)).metadata() or {})["about"]))
 
     @contextmanager
     def reading(self, index: int) -> Iterator[None]:

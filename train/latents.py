@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from data.dataset import ClipDataset, ClipRequest, flatten
+from data.dataset import ClipDataset, ClipRequest, described, flatten, read_sample
 from data.video_file import VideoReadError
 from train.clips import TrainingClips
 from train.latent_cache import LatentCache, read_posterior
@@ -128,19 +128,13 @@ class CachedLatents:
 
     def __getitem__(self, g: int) -> dict[str, Any]:
         """Sample number `g`; see ClipDataset."""
-        bad: list[tuple[str, str]] = []
-        while True:
-            request = self.request(g, bad)
-            try:
-                return self.sample(request, request.read(), bad)
-            except VideoReadError as error:
-                bad.append((request.name, error.reason))
+        return read_sample(self.request, self.sample, g)
 
     def request(self, g: int, bad: Sequence[tuple[str, str]] = ()) -> LatentRequest:
         asked = self.clips.request(g, bad)
         shard, place = self.cache.places[asked.row].tolist()
         return LatentRequest(
-            **{name: getattr(asked, name) for name in ClipRequest.__dataclass_fields__},
+            **vars(asked),
             shard=self.cache.shard(shard),
             place=place,
             reason=self.bad.get(asked.row, ""),
@@ -160,10 +154,7 @@ class CachedLatents:
         batch: dict[str, Any] = {
             "mean": join([sample["mean"] for sample in samples]),
             "std": join([sample["std"] for sample in samples]),
-            "captions": [sample["caption"] for sample in samples],
-            "rows": [sample["row"] for sample in samples],
-            "g": [sample["g"] for sample in samples],
-            "bad": [entry for sample in samples for entry in sample["bad"]],
+            **described(samples),
         }
         if packed:
             batch["sizes"] = torch.tensor([sample["size"] for sample in samples])

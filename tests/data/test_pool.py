@@ -127,28 +127,21 @@ def test_workers_leave_signals_to_the_process_that_started_them():
     assert found == {0: "here"}
 
 
-def test_a_script_need_not_guard_against_its_workers(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from math import sqrt\nfrom data.pool import run_tasks\n"
-        "print(dict(run_tasks(sqrt, [4.0, 9.0], workers=1)))\n"
-    )
+def run_script(path, *lines):
+    """What a script of these lines does, in a process of its own."""
+    path.write_text("\n".join(["from math import sqrt", "from data.pool import run_tasks", *lines]))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    run = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, path]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_script_need_not_guard_against_its_workers(tmp_path):
+    run = run_script(tmp_path / "s.py", "print(dict(run_tasks(sqrt, [4.0, 9.0], workers=1)))")
     assert run.stdout == "{0: 2.0, 1: 3.0}\n", run.stderr
 
 
 def test_a_task_that_a_worker_cannot_have_is_an_error(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from math import sqrt\nfrom data.pool import run_tasks\nclass Mine: pass\n"
-        "list(run_tasks(sqrt, [Mine()], workers=1))\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    run = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=120
-    )
+    lines = ("class Mine: pass", "list(run_tasks(sqrt, [Mine()], workers=1))")
+    run = run_script(tmp_path / "s.py", *lines)
     assert run.returncode == 1
     assert "Can't get attribute 'Mine'" in run.stderr.splitlines()[-1]
