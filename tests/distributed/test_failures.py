@@ -2,6 +2,7 @@
 end together, with one line that names it."""
 
 import re
+import socket
 import time
 
 import pytest
@@ -239,6 +240,15 @@ def test_torchrun_starts_again_when_a_rank_dies(room, odd, whole, tmp_path):
     assert_same(tmp_path / "run", whole)
 
 
+def listening(port):
+    for _ in range(600):
+        with socket.socket() as sock:
+            if sock.connect_ex(("localhost", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"nothing listens at port {port}")
+
+
 def test_hosts_come_and_go(room, nursery, free_port, tmp_path):
     """`torchrun --nnodes 1:2`: one of two hosts is lost, the other goes on alone; a third comes."""
     slow = {"kind": "adamw", "lr": 2e-4}  # or rounding errors grow
@@ -262,7 +272,9 @@ def test_hosts_come_and_go(room, nursery, free_port, tmp_path):
         assert steps() >= step, first.communicate()[0]
 
     port = free_port()
-    first, second = host(), host()
+    first = host()
+    listening(port)  # the store is with whoever is there first, and must outlive the second
+    second = host()
     wait_for(8)
     nursery.kill_family(second.pid)
     wait_for(16)

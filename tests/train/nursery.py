@@ -143,7 +143,7 @@ def launch(arguments, processes, restarts, port):
         run_id=str(port or uuid.uuid4()),
         rdzv_backend="c10d",
         rdzv_endpoint=f"localhost:{port}",
-        rdzv_configs={"last_call_timeout": 2} if port else {},  # for which one waits for a second
+        rdzv_configs={"last_call_timeout": 4} if port else {},  # for which one waits for a second
         max_restarts=restarts,
         start_method="fork",
     )
