@@ -1,9 +1,8 @@
 """How quickly clips are decoded, by which decoder, and whether a training step waits for its data.
 
 Decoders take turns on the same clips, every frame of them to RGB in one thread. The loader reads whole
-clips at their own rate and size, so that it has the same frames to decode; its workers' CPU time is
-what is compared with the plain loop's, as cores are shared. From a latent cache, a step that computes
-nothing but takes as long as one of configs/presets/1.3b.yaml asks for its batches.
+clips at their own rate and size, so that it has the same frames to decode. From a latent cache, a
+step that computes nothing but takes as long as one of configs/presets/1.3b.yaml asks for its batches.
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ from data.manifest import read_manifest, write_manifest
 from data.video import VideoReader, probe, write_video
 from train.cache_folder import CHECKSUMS, CacheFolder, checksum
 from train.latents import LatentRequest
+
+_BATCH, _PREFETCH = 4, 2
 
 
 def plain_pyav(path: str) -> int:
@@ -94,8 +95,8 @@ def decoders(paths: list[str], repeats: int) -> float:
     return counted / seconds
 
 
-def from_video(folder: Path, clips: int, workers: int, seconds: float) -> None:
-    """The loader on clips made for it, beside a plain loop over the same files."""
+def from_video(folder: Path, clips: int, workers: int, rounds: int) -> None:
+    """The loader on clips made for it, taking turns with a plain loop over the same files."""
     rng = np.random.default_rng(0)
     num_frames, height, width = 33, 240, 416
     grid = np.linspace(0, 6, width)[None, :] + np.linspace(0, 4, height)[:, None]
@@ -111,26 +112,39 @@ def from_video(folder: Path, clips: int, workers: int, seconds: float) -> None:
     rows = [{"path": f"{k}.mp4", "caption": "x"} for k in range(clips)]
     write_manifest(folder / "m.jsonl", rows)
     paths = [str(folder / f"{k}.mp4") for k in range(clips)]
-    ms = median_ms({"plain": lambda: [plain_pyav(path) for path in paths]}, 6, torch.device("cpu"))
-    plain = clips * num_frames * 1000 / ms["plain"]
     size = {"num_frames": num_frames, "height": height, "width": width, "fps": 16.0}
-    print(
-        f"\nfrom video, {num_frames} frames of {width}x{height}: plain PyAV loop {plain:,.0f} frames/s"
-    )
+    manifest = read_manifest(folder / "m.jsonl")
+    loaders = {}
     for backend in ("pyav", "auto"):
-        dataset = ClipDataset(read_manifest(folder / "m.jsonl"), **size, seed=0, backend=backend)
-        loader = ClipLoader(dataset, StepSampler(4, 1, 0, 1), workers=workers, prefetch=4)
-        items = iter(loader)
-        for _ in islice(items, 4):  # the workers' start, and what was read ahead meanwhile
-            pass
-        begin, count = time.perf_counter(), 0
-        while time.perf_counter() - begin < seconds:
-            count += len(next(items)["g"]) * num_frames
-        rate = count / (time.perf_counter() - begin)
+        dataset = ClipDataset(manifest, **size, seed=0, backend=backend)
+        sampler = StepSampler(_BATCH, 1, 0, 1)
+        loaders[backend] = iter(ClipLoader(dataset, sampler, workers=workers, prefetch=_PREFETCH))
+    rates: dict[str, list[float]] = {"plain": [], **{backend: [] for backend in loaders}}
+    for _ in range(rounds + 1):  # the first is for starting and warming up
+        begin = time.perf_counter()
+        for path in paths:
+            plain_pyav(path)
+        rates["plain"].append(clips * num_frames / (time.perf_counter() - begin))
+        for backend, items in loaders.items():  # the others have read ahead, and rest
+            for _ in islice(items, _PREFETCH + 1):  # what was read ahead
+                pass
+            begin = time.perf_counter()
+            count = sum(len(batch["g"]) for batch in islice(items, 2 * clips * workers // _BATCH))
+            rates[backend].append(count * num_frames / (time.perf_counter() - begin))
+            time.sleep(_PREFETCH * _BATCH * num_frames / rates[backend][-1])  # until it rests
+    for items in loaders.values():
         items.close()
+    plain = rates["plain"][1:]
+    print(
+        f"\nfrom video, {num_frames} frames of {width}x{height}: plain PyAV loop "
+        f"{statistics.median(plain):,.0f} frames/s; medians of {rounds} rounds"
+    )
+    for backend in loaders:
+        rate = rates[backend][1:]
+        share = statistics.median(r / p / workers for r, p in zip(rate, plain))
         print(
-            f"  loader, backend {backend}, {workers} worker(s): {rate:,.0f} frames/s, "
-            f"{rate / plain / workers:.2f} of the plain loop per worker"
+            f"  loader, backend {backend}, {workers} worker(s): {statistics.median(rate):,.0f} "
+            f"frames/s, {share:.2f} of the plain loop per worker"
         )
 
 
@@ -183,7 +197,7 @@ def main() -> None:
     parser.add_argument("--clips", type=Path, help="folder of videos for the decoders")
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=10.0, help="to run the loader for")
+    parser.add_argument("--rounds", type=int, default=9, help="of plain loop and loader in turn")
     parser.add_argument("--step-seconds", type=float, default=0.1, help="of a step from cache")
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=60)
@@ -196,7 +210,7 @@ def main() -> None:
         rate = decoders(paths, options.repeats)
         print(f"plain PyAV loop over all: {rate:,.0f} frames/s")
     with tempfile.TemporaryDirectory() as folder:
-        from_video(Path(folder), 8, options.workers, options.seconds)
+        from_video(Path(folder), 8, options.workers, options.rounds)
     with tempfile.TemporaryDirectory() as folder:
         from_cache(Path(folder), options.step_seconds, options.micro_batch, options.steps)
 

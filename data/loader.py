@@ -56,7 +56,7 @@ class ClipLoader:
         dataset: what is read.
         batches: sample counters of each batch; may be endless.
         workers: processes; with 0 everything is read when it is asked for, and no limit is kept.
-        prefetch: batches that are read ahead; these, and one file per worker, are in memory.
+        prefetch: batches that are read ahead; these, and a file per worker, are in memory.
         file_seconds: that a worker may take for one file, before it is abandoned.
         memory_limit: bytes that a worker may grow by; one that did is replaced after its file.
         signals: that workers ignore, beside SIGINT: those after which a run still needs them.
@@ -183,7 +183,12 @@ class _Reader:
     def _run(self) -> None:
         loader = self.loader
         pool = TaskPool(
-            _read, loader.workers, loader.file_seconds, loader.memory_limit, loader.signals
+            _read,
+            loader.workers,
+            loader.file_seconds,
+            loader.memory_limit,
+            loader.signals,
+            ahead=1,
         )
         try:
             if loader.pin is not None:

@@ -1,8 +1,8 @@
 """Tasks in processes that may hang, crash or grow, with every task accounted for.
 
 Media files reach decoders written in C, which on a damaged file may never return, or take their
-process with them. Each worker here has one task at a time and a pipe of its own, so that whichever
-worker is lost, it is known which task was to blame, and no other task is touched.
+process with them. Each worker here is at one task at a time and has a pipe of its own, so that
+whichever worker is lost, it is known which task was to blame, and no other task is touched.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import ModuleType
 from typing import Any, TypeVar
 
+from data.pipes import receive, send
 from data.workers import interrupts_deferred
 
 T = TypeVar("T")
@@ -34,6 +35,9 @@ Note = Callable[[Any], None]
 
 _TRIES = 2  # of a task whose process dies: the first death may have been for want of memory
 _START_SECONDS = 300.0  # for a worker's imports, on a busy machine or a slow file system
+# Of a task that is sent to a worker that may be sending itself: what fits into any pipe's buffer, or
+# both would wait for each other.
+_MAX_AHEAD_BYTES = 16384
 
 
 @dataclass(frozen=True)
@@ -62,18 +66,22 @@ def _end_workers() -> None:
             worker.process.kill()
 
 
+@dataclass(frozen=True)
+class _Task:
+    key: Any
+    pickled: bytes
+    tries: int = 1
+
+
 @dataclass
 class _Worker:
     process: BaseProcess
     pipe: Connection
     born: float
     ready: bool = False
-    key: Any = None  # of the task at work
-    task: Any = None
-    busy: bool = False
+    tasks: deque[_Task] = field(default_factory=deque)  # it is at the first
     since: float = 0.0
     at: Any = None
-    tries: int = 0
 
 
 @dataclass(eq=False)
@@ -89,6 +97,8 @@ class TaskPool:
         time_limit: seconds that a task may take from its start, or from its last note, on.
         memory_limit: bytes that a worker may grow by; one that did is replaced after its task.
         signals: that workers ignore, beside SIGINT.
+        ahead: tasks that a worker is given beside the one that it is at, so that it need not wait
+            for the next while its result is taken.
     """
 
     function: Callable[[Any, Note], Any]
@@ -96,7 +106,8 @@ class TaskPool:
     time_limit: float | None = None
     memory_limit: float | None = None
     signals: tuple[int, ...] = ()
-    _waiting: deque[tuple[Any, Any, int]] = field(default_factory=deque)
+    ahead: int = 0
+    _waiting: deque[_Task] = field(default_factory=deque)
     _running: list[_Worker] = field(default_factory=list)
     _over: bool = False
 
@@ -105,12 +116,12 @@ class TaskPool:
 
     def submit(self, key: Any, task: Any) -> None:
         """Takes a task, whose outcome `poll` will give under `key`."""
-        self._waiting.append((key, task, 1))
+        self._waiting.append(_Task(key, pickle.dumps(task)))
 
     @property
     def num_open(self) -> int:
         """Tasks without an outcome."""
-        return len(self._waiting) + sum(worker.busy for worker in self._running)
+        return len(self._waiting) + sum(len(worker.tasks) for worker in self._running)
 
     def poll(self, timeout: float, wake: Connection | None = None) -> list[tuple[Any, Any]]:
         """(key, outcome) of the tasks that ended; waits for at most `timeout` seconds, and not on when
@@ -149,24 +160,28 @@ class TaskPool:
         self._waiting.clear()
 
     def _deal_out(self) -> None:
-        idle = [worker for worker in self._running if not worker.busy]
-        for worker in idle:
-            if self._waiting:
+        for worker in self._running:
+            if self._waiting and not worker.tasks:
                 self._assign(worker)
         while self._waiting and len(self._running) < self.workers:
             worker = self._start()
             self._running.append(worker)
             self._assign(worker)
+        for worker in self._running:
+            while self._waiting and len(worker.tasks) <= self.ahead:
+                if len(self._waiting[0].pickled) > _MAX_AHEAD_BYTES:
+                    return
+                self._assign(worker)
 
     def _assign(self, worker: _Worker) -> None:
-        worker.key, worker.task, worker.tries = self._waiting.popleft()
-        worker.busy, worker.at, worker.since = True, None, time.monotonic()
+        task = self._waiting.popleft()
+        if not worker.tasks:
+            worker.at, worker.since = None, time.monotonic()
         try:
-            worker.pipe.send(worker.task)
-        except (
-            OSError
-        ):  # it has just ended: its pipe says so too, and then the task is dealt out anew
-            worker.tries -= 1
+            worker.pipe.send_bytes(task.pickled)
+        except OSError:  # it has just ended: its pipe says so too, and then the task goes elsewhere
+            task = replace(task, tries=task.tries - 1) if not worker.tasks else task
+        worker.tasks.append(task)
 
     def _start(self) -> _Worker:
         if self._over:
@@ -189,53 +204,57 @@ class TaskPool:
     def _deadline(self, worker: _Worker) -> float:
         if not worker.ready:
             return worker.born + _START_SECONDS
-        if not worker.busy or self.time_limit is None:
+        if not worker.tasks or self.time_limit is None:
             return float("inf")
         return worker.since + self.time_limit
 
     def _hear(self, worker: _Worker) -> list[tuple[Any, Any]]:
         try:
-            kind, value = worker.pipe.recv()
+            kind, value = receive(worker.pipe)
         except (EOFError, OSError):
             return self._bury(worker)
         except Exception as error:  # what a result raises where it is put together again
             kind, value = "done", error
-        if kind == "ready":
-            worker.ready, worker.since = True, time.monotonic()
-        elif kind == "note":
-            worker.at, worker.since = value, time.monotonic()
-        else:
-            worker.busy, worker.task = False, None
+        worker.ready, worker.since = True, time.monotonic()
+        if kind == "note":
+            worker.at = value
+        elif kind != "ready":
+            task, worker.at = worker.tasks.popleft(), None
             if kind == "last":
-                self._running.remove(worker)
-                worker.pipe.close()
-            return [(worker.key, value)]
+                self._drop(worker)
+            return [(task.key, value)]
         return []
+
+    def _drop(self, worker: _Worker) -> None:
+        """A worker is no more; the tasks that it has are for others."""
+        self._running.remove(worker)
+        worker.pipe.close()
+        self._waiting.extendleft(reversed(worker.tasks))
 
     def _bury(self, worker: _Worker) -> list[tuple[Any, Any]]:
         """A worker has ended by itself, most likely because of its task."""
-        self._running.remove(worker)
         worker.process.join()
-        worker.pipe.close()
         code = worker.process.exitcode or 0
+        task = worker.tasks.popleft() if worker.tasks else None
+        self._drop(worker)
         if not worker.ready:
             raise RuntimeError(f"a worker process ended while it started, with exit code {code}")
-        if not worker.busy:
+        if task is None:
             return []
-        if worker.tries < _TRIES:
-            self._waiting.appendleft((worker.key, worker.task, worker.tries + 1))
+        if task.tries < _TRIES:
+            self._waiting.appendleft(replace(task, tries=task.tries + 1))
             return []
         how = f"signal {_signal_name(-code)}" if code < 0 else f"exit code {code}"
-        return [(worker.key, Lost(f"the process that read it died twice, of {how}", worker.at))]
+        return [(task.key, Lost(f"the process that read it died twice, of {how}", worker.at))]
 
     def _give_up(self, worker: _Worker) -> list[tuple[Any, Any]]:
-        self._running.remove(worker)
         worker.process.kill()
         worker.process.join()
-        worker.pipe.close()
         if not worker.ready:
             raise RuntimeError(f"a worker process did not start in {_START_SECONDS:g} s")
-        return [(worker.key, Lost(f"it took longer than {self.time_limit:g} s", worker.at))]
+        task = worker.tasks.popleft()
+        self._drop(worker)
+        return [(task.key, Lost(f"it took longer than {self.time_limit:g} s", worker.at))]
 
 
 def run_tasks(
@@ -311,14 +330,16 @@ def _work(
         signal.signal(number, signal.SIG_IGN)
 
     def note(at: Any) -> None:
-        pipe.send(("note", at))
+        send(pipe, ("note", at))
 
-    at_start = _resident_bytes()
+    at_start, is_new = _resident_bytes(), True
     try:
-        pipe.send(("ready", None))
         while True:
             try:
                 task = pipe.recv()
+                if is_new:  # only now, as the first task may have made it import much
+                    send(pipe, ("ready", None))
+                    is_new = False
                 outcome = function(task, note)
             except (EOFError, BrokenPipeError):
                 raise
@@ -326,9 +347,9 @@ def _work(
                 outcome = _sendable(error)
             last = memory_limit is not None and _resident_bytes() - at_start > memory_limit
             try:
-                pipe.send(("last" if last else "done", outcome))
+                send(pipe, ("last" if last else "done", outcome))
             except (pickle.PicklingError, TypeError, AttributeError) as error:
-                pipe.send(("last" if last else "done", _sendable(error)))
+                send(pipe, ("last" if last else "done", _sendable(error)))
             if last:
                 return
     except (EOFError, OSError):  # the process that asked is gone

@@ -146,13 +146,14 @@ def read_clip(
             info, num_frames=num_frames, fps=fps, start=start, end=end, position=position
         )
         rows, columns = _within(info, crop)
-        clip = torch.empty(num_frames, 3, height, width, dtype=torch.uint8)
+        clip = torch.empty(3, num_frames, height, width, dtype=torch.uint8)
         chunk = max(1, _MAX_BYTES // (info.width * info.height * 3))
         for first in range(0, num_frames, chunk):
             frames = torch.from_numpy(reader.read_at(times[first : first + chunk]))
             frames = frames[:, rows, columns].permute(0, 3, 1, 2)
-            clip[first : first + chunk] = _cover(frames, height, width, info.pixel_aspect)
-    return clip.transpose(0, 1).contiguous()
+            frames = _cover(frames, height, width, info.pixel_aspect)
+            clip[:, first : first + chunk] = frames.transpose(0, 1)
+    return clip
 
 
 def _within(info: VideoInfo, crop: tuple[int, int, int, int] | None) -> tuple[slice, slice]:

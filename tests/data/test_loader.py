@@ -94,13 +94,13 @@ def test_a_file_that_hangs_and_one_that_crashes_are_replaced_and_named_once_trie
     files = Files("good-0", "hang-1", "good-2", "crash-3", "good-4")
     quarantine = {}
     began = time.monotonic()
-    found = take(5, files, workers=2, file_seconds=1.0, quarantine=quarantine)
+    found = take(5, files, workers=2, file_seconds=2.0, quarantine=quarantine)
     assert [number for batch in found for number in batch["g"]] == list(range(15))
     paths = [path for batch in found for path in batch["paths"]]
     assert paths == ["good-0", "good-2", "good-2", "good-4", "good-4"] * 3
     reasons = {path: why for batch in found for path, why in batch["bad"]}
     assert reasons == quarantine
-    assert reasons["hang-1"] == f"{QUARANTINED}it took longer than 1 s"
+    assert reasons["hang-1"] == f"{QUARANTINED}it took longer than 2 s"
     assert (
         reasons["crash-3"] == f"{QUARANTINED}the process that read it died twice, of signal SIGSEGV"
     )

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data.pool import Lost, TaskPool, run_tasks
@@ -45,6 +46,14 @@ def grow(task, note):
     return os.getpid()
 
 
+def drained(pool):
+    found = {}
+    while pool.num_open:
+        found.update(pool.poll(1.0))
+    pool.close()
+    return found
+
+
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_every_task_has_its_result(workers):
     found = dict(run_tasks(behave, [("good", k) for k in range(50)], workers=workers))
@@ -74,22 +83,50 @@ def test_a_note_restarts_the_clock_and_names_the_place():
     pool = TaskPool(crash_after_a_note, 1, time_limit=1.0)
     pool.submit("long", 5)  # 1.8 s in all, of which no part takes 1 s
     pool.submit("stuck", 3)
-    found = {}
-    while pool.num_open:
-        found.update(pool.poll(1.0))
-    pool.close()
+    found = drained(pool)
     assert isinstance(found["long"], int)
     assert found["stuck"] == Lost("it took longer than 1 s", at="file 3")
 
 
-def test_a_worker_that_grows_is_replaced_and_loses_nothing():
-    pool = TaskPool(grow, 1, memory_limit=200e6)
+def behave_alone(task, note):
+    return behave(task)
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_what_waits_at_a_worker_that_is_lost_is_not_to_blame(ahead):
+    pool = TaskPool(behave_alone, 1, time_limit=2.0, ahead=ahead)
+    tasks = [("hang", 0), ("good", 1), ("crash", 0), ("good", 2), ("good", 3), ("exit", 0)]
+    for number, task in enumerate(tasks):
+        pool.submit(number, task)
+    found = drained(pool)
+    assert {k: v for k, v in found.items() if not isinstance(v, Lost)} == {1: 2, 3: 4, 4: 6}
+    assert found[0] == Lost("it took longer than 2 s")
+    assert found[2] == Lost("the process that read it died twice, of signal SIGSEGV")
+    assert found[5] == Lost("the process that read it died twice, of exit code 3")
+
+
+def echo(task, note):
+    return task, np.full((3, 1_000_000), 7, np.uint8), np.arange(12).reshape(3, 4)[:, ::2]
+
+
+def test_large_tasks_and_results_do_not_wait_for_each_other():
+    """Both ways are larger than any pipe's buffer."""
+    pool = TaskPool(echo, 1, time_limit=30.0, ahead=1)
+    for number in range(4):
+        pool.submit(number, bytes(2_000_000))
+    for task, large, strided in drained(pool).values():
+        assert task == bytes(2_000_000)
+        assert large.flags.writeable
+        assert (large == 7).all()
+        assert strided.tolist() == [[0, 2], [4, 6], [8, 10]]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_worker_that_grows_is_replaced_and_loses_nothing(ahead):
+    pool = TaskPool(grow, 1, memory_limit=200e6, ahead=ahead)
     for k in range(4):
         pool.submit(k, k)
-    found = {}
-    while pool.num_open:
-        found.update(pool.poll(1.0))
-    pool.close()
+    found = drained(pool)
     assert found[0] == found[1] != found[2]
     assert found[2] == found[3]
 
@@ -120,11 +157,7 @@ def survive(task, note):
 def test_workers_leave_signals_to_the_process_that_started_them():
     pool = TaskPool(survive, 1, signals=(signal.SIGTERM, signal.SIGUSR1))
     pool.submit(0, None)
-    found = {}
-    while pool.num_open:
-        found.update(pool.poll(1.0))
-    pool.close()
-    assert found == {0: "here"}
+    assert drained(pool) == {0: "here"}
 
 
 def run_script(path, *lines):

@@ -155,7 +155,7 @@ def test_a_stalled_rank_is_named(room, odd, tmp_path, text, phase):
 def test_a_stall_of_a_single_process_is_named(room, odd, tmp_path):
     """With a loader process that waits for storage, say."""
     config = room.write(
-        tmp_path / "run", "vae", train={"stall_timeout": 15}, data={"num_workers": 1}
+        tmp_path / "run", "vae", train={"stall_timeout": 25}, data={"num_workers": 1}
     )
     code, output = odd(STALL_IN_WORKER, config, rank=0, processes=0)
     assert code == 70
