@@ -143,7 +143,8 @@ def launch(arguments, processes, restarts, port):
         run_id=str(port or uuid.uuid4()),
         rdzv_backend="c10d",
         rdzv_endpoint=f"localhost:{port}",
-        rdzv_configs={"last_call_timeout": 4} if port else {},  # for which one waits for a second
+        # For how long one waits for a second, and how soon one that is gone is missed.
+        rdzv_configs={"last_call_timeout": 4, "keep_alive_interval": 3} if port else {},
         max_restarts=restarts,
         start_method="fork",
     )
