@@ -51,18 +51,19 @@ class Nursery:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(self, *arguments, processes=0, restarts=0, port=0):
+    def start(self, *arguments, processes=0, restarts=0, port=0, cwd=None):
         """`python ARGUMENTS`, or `torchrun --nproc-per-node PROCESSES --max-restarts RESTARTS`; with
         a port, of which one or two meet there: `--nnodes 1:2 --rdzv-endpoint localhost:PORT`."""
         handle, log = tempfile.mkstemp(suffix=".log")
         os.close(handle)
         request = {"processes": processes, "restarts": restarts, "port": port, "log": log}
+        request["cwd"] = None if cwd is None else str(cwd)
         pid = self.ask(start=list(map(str, arguments)), **request)
         return Child(self, pid, Path(log))
 
-    def run(self, *arguments, processes=0, restarts=0):
+    def run(self, *arguments, **options):
         """The same until it ends; returns (exit code, all output)."""
-        child = self.start(*arguments, processes=processes, restarts=restarts)
+        child = self.start(*arguments, **options)
         output = child.communicate()[0]
         return child.returncode, output
 
@@ -165,6 +166,8 @@ def main():
     log = os.open(request["log"], os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    if request["cwd"] is not None:
+        os.chdir(request["cwd"])
     if request["processes"]:
         launch(request["start"], request["processes"], request["restarts"], request["port"])
     else:

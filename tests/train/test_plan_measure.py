@@ -24,9 +24,9 @@ from train.recipe import TrainData
 from train.setup import build_recipe
 
 PRESETS = Path(__file__).parents[2] / "configs" / "presets"
-# 6 x 8 x 8 latents, which are 96 tokens; five blocks, of which fewer are measured.
+# 6 x 8 x 8 latents, which are 96 tokens.
 CLIP = {"num_frames": 21, "height": 32, "width": 32}
-BLOCKS = {"dim": 96, "num_blocks": 6, "num_heads": 4, "mlp_dim": 256}
+BLOCKS = {"dim": 96, "num_blocks": 4, "num_heads": 4, "mlp_dim": 256}
 HALF = {"dtype": "bfloat16"}
 
 
