@@ -36,6 +36,7 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
         assert f'"{prompt}"' not in trained
 
     weights = (out / "model" / "dit.safetensors").read_bytes()
+
     def run(*command):
         """As the demo's, but for the time that imports take."""
         is_torchrun = command[0] == "torchrun"
