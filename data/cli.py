@@ -22,9 +22,15 @@ def world(
     clips: Annotated[int, typer.Option(help="How many clips to render.")] = 1000,
     seed: Annotated[int, typer.Option(help="The same seed gives the same clips.")] = 0,
     split: Annotated[
-        str, typer.Option(help="train, held-out, combinations (unseen pairs) or speeds.")
+        str,
+        typer.Option(help="train, held-out, combinations (unseen pairs), speeds or identities."),
     ] = "train",
-    level: Annotated[int, typer.Option(help="Difficulty, 1 to 4.")] = 1,
+    scenario: Annotated[
+        str, typer.Option(help="What is shown; see docs/world.md. Only shapes has levels.")
+    ] = "shapes",
+    level: Annotated[
+        int | None, typer.Option(help="Difficulty of shapes, 1 to 4; 1 by default.")
+    ] = None,
     size: Annotated[
         str, typer.Option(help="Frame size in pixels: one number, or HEIGHTxWIDTH.")
     ] = "32",
@@ -34,9 +40,12 @@ def world(
 ) -> None:
     """Render the procedural world: .mp4 clips and a manifest with captions and exact states."""
     from data.video import parse_size
+    from data.world import SHAPES_SCENARIO
     from data.world_files import WorldSpec, write_world
 
     height, width = parse_size(size)
+    if level is None and scenario == SHAPES_SCENARIO:
+        level = 1
     spec = WorldSpec(
         clips=clips,
         seed=seed,
@@ -46,6 +55,7 @@ def world(
         width=width,
         num_frames=frames,
         fps=fps,
+        scenario=scenario,
     )
     manifest = write_world(out, spec, workers=workers)
     typer.echo(f"{clips} clips, {manifest}")

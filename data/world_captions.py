@@ -2,13 +2,13 @@
 
 Level 1 has six sentence patterns and always says colour, shape, motion and background, and the size
 about half of the time. Higher levels add patterns and synonyms; the top level also leaves things
-unsaid, unless a complete caption is asked for.
+unsaid, unless a complete caption is asked for. Scenarios are worded as level 1.
 """
 
 import numpy as np
 
-from data.world import LEVELS, Object, Scene
 from data.world_motion import pick
+from data.world_scene import LEVELS, Object, Scene
 
 # The first word is always in use, the rest where the level has synonyms.
 COLOUR_WORDS: dict[str, tuple[str, ...]] = {
@@ -85,6 +85,25 @@ MORE_TEMPLATES: tuple[str, ...] = (
     "against {a_background} backdrop, {does}",
 )
 BARE_TEMPLATES: tuple[str, ...] = ("{doing}", "{does}", "a video of {doing}", "a clip: {does}")
+# Of scenarios. {a}, {b}: the objects that collide.
+COLLISIONS: tuple[tuple[str, str], ...] = (
+    ("{a} and {b} colliding", "{a} and {b} collide"),
+    ("{a} colliding with {b}", "{a} collides with {b}"),
+)
+PAN_TEMPLATES: tuple[str, ...] = (
+    "the camera pans {way} over {things} on {a_background} background",
+    "the camera moves {way} over {things} on {a_background} background",
+    "on {a_background} background, the camera pans {way} over {things}",
+    "{a_background} background with {things}, the camera moves {way}",
+    "the camera panning {way} over {things}, {background} background",
+    "the camera moves {way} over {things} in front of {a_background} background",
+)
+# One wording each: what is asked of a model is in the given frames.
+FIXED: dict[str, str] = {
+    "uniform": "a red ball moving at constant speed on a black background",
+    "collision": "a red ball and a blue ball colliding on a black background",
+    "parabola": "a red ball thrown through the air on a black background",
+}
 
 
 def _article(words: str) -> str:
@@ -124,6 +143,8 @@ def caption(scene: Scene, rng: np.random.Generator, *, complete: bool = False) -
         complete: say every object's colour, shape and motion, and the background, at every level;
             for prompts whose answers are scored.
     """
+    if scene.level is None:
+        return _scenario_caption(scene, rng)
     level = LEVELS[scene.level]
     unsaid: frozenset[str] = frozenset()
     if level.omissions and not complete:
@@ -142,18 +163,55 @@ def caption(scene: Scene, rng: np.random.Generator, *, complete: bool = False) -
     templates = TEMPLATES + MORE_TEMPLATES if level.synonyms else TEMPLATES
     if "background" in unsaid:
         templates = BARE_TEMPLATES
+    parts = {"doing": " and ".join(doing), "does": " and ".join(does)}
+    return _fill(rng, templates, scene, **parts)
+
+
+def _fill(rng: np.random.Generator, templates: tuple[str, ...], scene: Scene, **parts: str) -> str:
     background = pick(rng, BACKGROUND_WORDS.get(scene.background, (scene.background,)))
     return pick(rng, templates).format(
-        doing=" and ".join(doing),
-        does=" and ".join(does),
-        background=background,
-        a_background=_article(background),
+        background=background, a_background=_article(background), **parts
     )
 
 
+def _scenario_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """As level 1: nothing unsaid, no synonyms. Subjects are named, in the order of their reference
+    pictures, and never described."""
+    if scene.scenario in FIXED:
+        return FIXED[scene.scenario]
+    if scene.scenario == "subjects":
+        names = ["the subject"] if len(scene.objects) == 1 else ["subject one", "subject two"]
+        items = list(zip(names, scene.objects, strict=True))
+    else:
+        shuffled = [scene.objects[place] for place in rng.permutation(len(scene.objects))]
+        items = [(_object_phrase(o, rng, False, frozenset()), o) for o in shuffled]
+    if scene.scenario == "pan":
+        assert scene.camera is not None
+        way = _words(rng, DIRECTION_WORDS[_axis_direction(*scene.camera)], False, plain=2)
+        things = " and ".join(name for name, _ in items)
+        return _fill(rng, PAN_TEMPLATES, scene, way=way, things=things)
+    if scene.scenario == "collisions":
+        (a, _), (b, _) = items
+        doing, does = (text.format(a=a, b=b) for text in pick(rng, COLLISIONS))
+        return _fill(rng, TEMPLATES, scene, doing=doing, does=does)
+    behind = " behind a bar" if scene.occluder is not None else ""
+    phrases = [(name, *_motion_phrase(item, rng, synonyms=False)) for name, item in items]
+    doing = " and ".join(f"{name} {participle}{behind}" for name, participle, _ in phrases)
+    does = " and ".join(f"{name} {third_person}{behind}" for name, _, third_person in phrases)
+    return _fill(rng, TEMPLATES, scene, doing=doing, does=does)
+
+
+def _axis_direction(dx: float, dy: float) -> str:
+    if abs(dx) > abs(dy):
+        return "left" if dx < 0 else "right"
+    return "up" if dy < 0 else "down"
+
+
 def captions(scene: Scene, n: int, rng: np.random.Generator) -> list[str]:
-    """`n` different wordings."""
+    """`n` different wordings; the only one where a scenario has one."""
     assert n >= 1, n
+    if scene.scenario in FIXED:
+        n = 1
     found: dict[str, None] = {}
     while len(found) < n:
         found[caption(scene, rng)] = None

@@ -2,6 +2,7 @@
 
     OUT/world.json              the arguments; a repeated call must bring the same ones
     OUT/clips/000/000000.mp4    a thousand clips per folder
+    OUT/references/000/000000-1.png    of scenario `subjects`: a picture of each, from 1
     OUT/manifest.jsonl          written last, so it lists only clips that exist
 
 A clip appears under its name only when it is complete, so an interrupted call continues where it
@@ -17,15 +18,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from data.files import replacing
 from data.randomness import numpy_generator
 from data.video_write import write_video
 from data.workers import interrupts_deferred
-from data.world import Scene, check_arguments, make_scene
+from data.world import SHAPES_SCENARIO, Scene, check_arguments, make_scene
 from data.world_captions import captions
 from data.world_render import render
+from data.world_subjects import reference_scene
 
 MANIFEST = "manifest.jsonl"
 ARGUMENTS = "world.json"
@@ -46,11 +49,12 @@ class WorldSpec:
     clips: int
     seed: int
     split: str
-    level: int
+    level: int | None
     height: int
     width: int
     num_frames: int
     fps: float
+    scenario: str = SHAPES_SCENARIO
 
     def __post_init__(self) -> None:
         if self.clips < 1:
@@ -62,6 +66,7 @@ class WorldSpec:
             width=self.width,
             num_frames=self.num_frames,
             fps=self.fps,
+            scenario=self.scenario,
         )
         if self.height % 2 or self.width % 2:
             raise ValueError(
@@ -80,12 +85,29 @@ class WorldSpec:
             width=self.width,
             num_frames=self.num_frames,
             fps=self.fps,
+            scenario=self.scenario,
         )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All that says which clips these are: `level` of `shapes`, else `scenario`."""
+        unused = "scenario" if self.level is not None else "level"
+        return {key: value for key, value in asdict(self).items() if key != unused}
 
 
 def clip_path(index: int) -> str:
     """Where clip number `index` lies, relative to the manifest."""
     return f"clips/{index // 1000:03d}/{index:06d}.mp4"
+
+
+def reference_paths(scene: Scene) -> list[str]:
+    """Where the pictures of a scene's subjects lie, relative to the manifest, in their order."""
+    folder = f"references/{scene.index // 1000:03d}"
+    return [
+        f"{folder}/{scene.index:06d}-{number + 1}.png"
+        for number, item in enumerate(scene.objects)
+        if item.identity is not None
+    ]
 
 
 def write_world(out: str | os.PathLike[str], spec: WorldSpec, workers: int | None = None) -> Path:
@@ -105,12 +127,14 @@ def write_world(out: str | os.PathLike[str], spec: WorldSpec, workers: int | Non
         raise ValueError(f"workers={workers} is negative; use 0 or more")
     out = Path(out)
     _claim(out, spec)
-    missing = [index for index in range(spec.clips) if not (out / clip_path(index)).exists()]
+    missing = [index for index in range(spec.clips) if not _is_there(out, spec, index)]
     manifest = out / MANIFEST
     if not missing and manifest.exists():
         return manifest
     for folder in {(out / clip_path(index)).parent for index in missing}:
         folder.mkdir(parents=True, exist_ok=True)
+        if spec.scenario == "subjects":
+            (out / "references" / folder.name).mkdir(parents=True, exist_ok=True)
     chunks = [missing[i : i + _CHUNK] for i in range(0, len(missing), _CHUNK)]
     workers = min(os.cpu_count() or 1 if workers is None else workers, len(chunks))
     with interrupts_deferred():  # a bar that is only half made complains when it goes
@@ -128,7 +152,9 @@ def write_world(out: str | os.PathLike[str], spec: WorldSpec, workers: int | Non
 def manifest_row(spec: WorldSpec, index: int) -> dict[str, Any]:
     """The manifest's row for clip number `index`; `state` is `Scene.to_state()`."""
     scene = spec.scene(index)
-    rng = numpy_generator(spec.seed, "world captions", spec.level, spec.split, index)
+    kind = spec.scenario if spec.level is None else spec.level
+    rng = numpy_generator(spec.seed, "world captions", kind, spec.split, index)
+    references = reference_paths(scene)
     return {
         "path": clip_path(index),
         "caption": captions(scene, WORDINGS, rng),
@@ -137,7 +163,8 @@ def manifest_row(spec: WorldSpec, index: int) -> dict[str, Any]:
         "width": spec.width,
         "fps": spec.fps,
         "duration": spec.num_frames / spec.fps,
-        "level": spec.level,
+        **({"scenario": spec.scenario} if spec.level is None else {"level": spec.level}),
+        **({"references": references} if references else {}),
         "split": spec.split,
         "seed": spec.seed,
         "index": index,
@@ -147,7 +174,7 @@ def manifest_row(spec: WorldSpec, index: int) -> dict[str, Any]:
 
 def _claim(out: Path, spec: WorldSpec) -> None:
     """Note down the arguments, or compare them with those noted down earlier."""
-    wanted = {"version": WORLD_VERSION, **asdict(spec)}
+    wanted = {"version": WORLD_VERSION, **spec.arguments}
     path = out / ARGUMENTS
     if path.exists():
         try:
@@ -197,8 +224,22 @@ def _render_chunks(
 
 def _render_clips(out: Path, spec: WorldSpec, indices: list[int]) -> int:
     for index in indices:
-        write_video(out / clip_path(index), render(spec.scene(index)), spec.fps)
+        scene = spec.scene(index)
+        for number, path in enumerate(reference_paths(scene)):
+            with replacing(out / path) as partial:
+                picture = Image.fromarray(render(reference_scene(scene, number))[0])
+                picture.save(partial, format="PNG")
+        write_video(out / clip_path(index), render(scene), spec.fps)
     return len(indices)
+
+
+def _is_there(out: Path, spec: WorldSpec, index: int) -> bool:
+    if not (out / clip_path(index)).exists():
+        return False
+    # Pictures are written before their clip: only somebody who removed one leaves it out.
+    if spec.scenario != "subjects":
+        return True
+    return all((out / path).exists() for path in reference_paths(spec.scene(index)))
 
 
 def _write_atomically(path: Path, lines: Iterable[str]) -> None:

@@ -60,6 +60,11 @@ class Canvas:
     fps: float
 
     @property
+    def unit(self) -> int:
+        """Pixels of the shorter side: what every scenario but `shapes` measures lengths in."""
+        return min(self.height, self.width)
+
+    @property
     def duration(self) -> float:
         """Seconds between the first and the last frame."""
         return (self.num_frames - 1) / self.fps
@@ -112,6 +117,12 @@ def max_duration(motions: Sequence[str], speed: Interval, aspect: float = 1.0) -
     return limit
 
 
+def room(shape: str, radius: float, canvas: Canvas) -> tuple[Interval, Interval]:
+    """Where the centroid may be for the shape to be inside the frame: across and down, pixels."""
+    left, right, top, bottom = extents(shape, radius)
+    return (left, canvas.width - right), (top, canvas.height - bottom)
+
+
 def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
     """One of `items`, all equally likely."""
     return items[int(rng.integers(len(items)))]
@@ -131,9 +142,7 @@ def draw_motion(
         speed: range of speeds, frame heights per second; used by motions without gravity.
         radius: of the circle of equal area, pixels.
     """
-    left, right, top, bottom = extents(shape, radius)
-    # Where the centroid may be, per axis.
-    across, down = (left, canvas.width - right), (top, canvas.height - bottom)
+    across, down = room(shape, radius, canvas)
     pixels = (speed[0] * canvas.height, speed[1] * canvas.height)
     if motion == "falling":
         return _falling(rng, canvas, across, down)
@@ -141,16 +150,23 @@ def draw_motion(
         return _bouncing(rng, canvas, across, down)
     if motion == "ricocheting":
         return _ricocheting(rng, canvas, (across, down), pixels)
-    return _straight(rng, canvas, (across, down), pixels, DIRECTIONS[motion])
+    return straight(rng, canvas, (across, down), pixels, DIRECTIONS[motion])
 
 
-def _straight(
+def straight(
     rng: np.random.Generator,
     canvas: Canvas,
     bounds: tuple[Interval, Interval],
     speed: Interval,
     direction: tuple[float, float],
 ) -> Motion:
+    """Constant velocity, inside the frame for the whole clip.
+
+    Args:
+        bounds: of the centroid, as `room`.
+        speed: the range to draw from, pixels per second.
+        direction: a unit vector.
+    """
     # A large object in a long clip has room only for the slower part of the range.
     fit = min(
         (high - low) / (abs(part) * canvas.duration)

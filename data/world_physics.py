@@ -111,3 +111,41 @@ def drop(
         moving[after] = -rebound + gravity * since
         contact, impact = contact + flight, rebound
     return Path1D(position, moving, tuple(contacts))
+
+
+def collide(
+    times: np.ndarray,
+    starts: tuple[float, float],
+    velocities: tuple[float, float],
+    masses: tuple[float, float],
+    reach: float,
+) -> tuple[Path1D, Path1D]:
+    """Two bodies on a line that meet once, elastically: momentum and kinetic energy are kept.
+
+    In the frame of the centre of mass an elastic collision turns both velocities round, so
+    v' = 2 V - v with V = (m1 v1 + m2 v2) / (m1 + m2).
+
+    Args:
+        times: (f,), not negative.
+        starts: positions at time 0, the first at least `reach` below the second.
+        velocities: before the contact.
+        masses: positive.
+        reach: the distance of the centres at contact.
+    """
+    gap, closing = starts[1] - starts[0] - reach, velocities[0] - velocities[1]
+    assert gap >= 0, (starts, reach)
+    contact = gap / closing if closing > 0 else np.inf
+    common = (masses[0] * velocities[0] + masses[1] * velocities[1]) / (masses[0] + masses[1])
+    before, since = np.minimum(times, contact), np.maximum(times - contact, 0.0)
+    met = times >= contact
+    end = float(times.max()) if len(times) else 0.0
+    contacts = (float(contact),) if contact <= end else ()
+    one, other = (
+        Path1D(
+            start + velocity * before + (2 * common - velocity) * since,
+            np.where(met, 2 * common - velocity, velocity),
+            contacts,
+        )
+        for start, velocity in zip(starts, velocities)
+    )
+    return one, other
