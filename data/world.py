@@ -201,7 +201,7 @@ def check_arguments(
     if not 0 < fps <= 1000:
         raise ValueError(f"fps={fps:g} is not a frame rate; use a number above 0, at most 1000")
     if level is None:
-        SCENARIOS[scenario].check(scenario, num_frames, fps)
+        SCENARIOS[scenario].check(scenario, split, num_frames, fps)
         return
     speed = FAST if split == "speeds" else SPEED
     limit = max_duration(split_motions(level, split), speed, width / height)

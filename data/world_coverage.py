@@ -82,5 +82,5 @@ def visible_shares(
             np.clip(column, -pad - 1, width + pad) + pad + 1,
         )
         window = free[at[0] : at[0] + 2 * pad + 1, at[1] : at[1] + 2 * pad + 1]
-        shares.append(float(alpha[window].sum() / alpha.sum()))
+        shares.append(float((alpha * window).sum() / alpha.sum()))
     return np.array(shares)

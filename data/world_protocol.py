@@ -45,12 +45,13 @@ def _draw(
 def _ball(
     number: int, radius: float, kind: str, motion: Motion, canvas: Canvas, scale: float
 ) -> Drawing:
-    paths = (
+    x, y = (
         physics.Path1D(path.position * scale, path.velocity * scale, path.contacts)
         for path in (motion.x, motion.y)
     )
-    pixels = Motion(*paths, gravity=motion.gravity * scale)
-    item = moving_object(_COLOURS[number], "circle", "", radius * scale, kind, pixels, canvas.fps)
+    pixels = Motion(x, y, gravity=motion.gravity * scale)
+    size, colour = "", _COLOURS[number]
+    item = moving_object(colour, "circle", size, radius * scale, kind, pixels, canvas.fps)
     return Drawing(_BACKGROUND, (with_visible(item, canvas),))
 
 

@@ -58,7 +58,8 @@ class Scenario:
     """How a scenario is drawn, and what it can show.
 
     attempt: gives None where what was drawn does not fit.
-    longest: seconds between the first and the last frame, at most.
+    longest: seconds between the first and the last frame, at most. longest_speeds: the same of the
+        split "speeds", where it is shorter.
     shortest: the same, at least, on top of `extra_frames` frames.
     min_frames, min_fps: at least.
     """
@@ -70,6 +71,7 @@ class Scenario:
     extra_frames: float = 0.0
     min_frames: int = 2
     min_fps: float = 0.0
+    longest_speeds: float = math.inf
 
     def draw(self, rng: np.random.Generator, canvas: Canvas, split: str) -> Drawing:
         """The first attempt that fits."""
@@ -79,18 +81,19 @@ class Scenario:
                 return drawing
         raise AssertionError(f"nothing fits {canvas}, {split}")
 
-    def check(self, name: str, num_frames: int, fps: float) -> None:
+    def check(self, name: str, split: str, num_frames: int, fps: float) -> None:
         """Refuse clips that are too short or too long.
 
         Raises:
             ValueError: they are.
         """
         duration = (num_frames - 1) / fps
+        longest = min(self.longest, self.longest_speeds if split == "speeds" else math.inf)
         got = f"frames={num_frames} at fps={fps:g} last {duration:.2f} s"
-        if duration > self.longest + 1e-9:
+        if duration > longest + 1e-9:
             raise ValueError(
-                f"{got}, but a clip of scenario={name} lasts {self.longest:.2f} s at most; "
-                f"use at most {int(self.longest * fps + 1e-9) + 1} frames or a higher fps"
+                f"{got}, but a clip of scenario={name} ({split}) lasts {longest:.2f} s at most; "
+                f"use at most {int(longest * fps + 1e-9) + 1} frames or a higher fps"
             )
         if fps < self.min_fps:
             raise ValueError(f"fps={fps:g} is too few for scenario={name}; use {self.min_fps:g}")
@@ -125,19 +128,21 @@ def _speed(rng: np.random.Generator, split: str) -> Interval:
 def _subjects(rng: np.random.Generator, canvas: Canvas, split: str) -> Drawing | None:
     known = sorted(HELD_OUT_SUBJECTS if split == "identities" else TRAINING_SUBJECTS)
     count = 2 if rng.random() < 1 / 3 else 1
-    radius = SUBJECT_RADIUS * canvas.unit
-    objects: list[Object] = []
-    for number in rng.choice(known, count, replace=False).tolist():
-        look = subject(number)
-        kind = pick(rng, AXES)
-        speed = (SPEED[0] * canvas.unit, SPEED[1] * canvas.unit)
-        bounds = room(look.shape, radius, canvas)
-        motion = straight(rng, canvas, bounds, speed, DIRECTIONS[kind])
-        colour, shape = look.colours[0], look.shape
-        objects.append(
-            moving_object(colour, shape, "", radius, kind, motion, canvas.fps, identity=number)
-        )
-    return Drawing(_background(rng), tuple(objects)) if never_touch(objects) else None
+    background = _background(rng)
+    for _ in range(_TRIES):
+        numbers = rng.choice(known, count, replace=False).tolist()
+        objects = tuple(_moving_subject(rng, canvas, number) for number in numbers)
+        if never_touch(objects):
+            return Drawing(background, objects)
+    return None
+
+
+def _moving_subject(rng: np.random.Generator, canvas: Canvas, identity: int) -> Object:
+    look, kind = subject(identity), pick(rng, AXES)
+    radius, speed = SUBJECT_RADIUS * canvas.unit, (SPEED[0] * canvas.unit, SPEED[1] * canvas.unit)
+    motion = straight(rng, canvas, room(look.shape, radius, canvas), speed, DIRECTIONS[kind])
+    colour = look.colours[0]
+    return moving_object(colour, look.shape, "", radius, kind, motion, canvas.fps, identity)
 
 
 def _reach(shape: str, radius: float, diagonal: bool) -> float:
@@ -150,10 +155,8 @@ def _collisions(rng: np.random.Generator, canvas: Canvas, split: str) -> Drawing
     # The force of a contact must go through both centres, or things would begin to turn. Circles
     # do that on every line, squares on their axes, and a square's corner on a circle does.
     looks = _looks(rng, split, 2, shapes=("circle", "square"))
-    both_square = all(shape == "square" for _, shape in looks)
-    line = pick(
-        rng, ("right", "down") if both_square else ("right", "down", "down-right", "up-right")
-    )
+    diagonals = () if looks[0][1] == looks[1][1] == "square" else ("down-right", "up-right")
+    line = pick(rng, ("right", "down", *diagonals))
     looks = [looks[place] for place in rng.permutation(2)]
     sizes = [pick(rng, LEVELS[1].sizes) for _ in looks]
     radii = [SIZES[size] * canvas.unit for size in sizes]
@@ -162,7 +165,7 @@ def _collisions(rng: np.random.Generator, canvas: Canvas, split: str) -> Drawing
         slow = rng.random() < 0.5
         ranges = [COLLISION_SLOW] * 2 if slow else [FAST, COLLISION_SPEED]
         ranges = [ranges[place] for place in rng.permutation(2)]
-    one, other = (float(rng.uniform(*speed)) * canvas.unit for speed in ranges)
+    one, other = (float(rng.uniform(low, high)) * canvas.unit for low, high in ranges)
     contact = float(rng.uniform(*CONTACT)) * canvas.duration
     reach = sum(_reach(look[1], radius, "-" in line) for look, radius in zip(looks, radii))
     starts, masses = (0.0, reach + (one + other) * contact), (radii[0] ** 2, radii[1] ** 2)
@@ -179,14 +182,13 @@ def _collisions(rng: np.random.Generator, canvas: Canvas, split: str) -> Drawing
             return None
         origin.append(float(rng.uniform(low, high)))
     objects = []
-    for look, size, radius, path in zip(looks, sizes, radii, paths):
-        motion = Motion(
-            *(
-                physics.Path1D(start + part * path.position, part * path.velocity)
-                for start, part in zip(origin, DIRECTIONS[line])
-            )
+    for (colour, shape), size, radius, path in zip(looks, sizes, radii, paths):
+        x, y = (
+            physics.Path1D(start + part * path.position, part * path.velocity)
+            for start, part in zip(origin, DIRECTIONS[line])
         )
-        item = moving_object(*look, size, radius, "colliding", motion, canvas.fps)
+        motion = Motion(x, y)
+        item = moving_object(colour, shape, size, radius, "colliding", motion, canvas.fps)
         item.bounce_times.extend(path.contacts)
         objects.append(item)
     return Drawing(_background(rng), tuple(objects))
@@ -194,17 +196,20 @@ def _collisions(rng: np.random.Generator, canvas: Canvas, split: str) -> Drawing
 
 def _occluders(rng: np.random.Generator, canvas: Canvas, split: str) -> Drawing | None:
     ((colour, shape),) = _looks(rng, split, 1)
-    size, kind = pick(rng, LEVELS[1].sizes), pick(rng, AXES)
-    radius = SIZES[size] * canvas.unit
-    axis = 0 if kind in ("left", "right") else 1
-    bounds = room(shape, radius, canvas)
-    low, high = bounds[axis]
-    speed = float(rng.uniform(*_speed(rng, split))) * canvas.unit
-    travel = speed * canvas.duration
-    across = sum(extents(shape, radius)[2 * axis : 2 * axis + 2])
-    thickness = math.ceil(across + HIDDEN_FRAMES * speed / canvas.fps)
-    # At the ends of the clip the centroid is outside the bar, by whole pixels of it.
-    if travel > high - low or thickness + 1 > travel:
+    for _ in range(_TRIES // 50):
+        size, kind = pick(rng, LEVELS[1].sizes), pick(rng, AXES)
+        radius = SIZES[size] * canvas.unit
+        axis = 0 if kind in ("left", "right") else 1
+        bounds = room(shape, radius, canvas)
+        # Slow things would not get past a bar before a fast one has left the frame.
+        speed = float(rng.uniform(*(FAST if split == "speeds" else SPEED))) * canvas.unit
+        travel = speed * canvas.duration
+        across = sum(extents(shape, radius)[2 * axis : 2 * axis + 2])
+        thickness = math.ceil(across + HIDDEN_FRAMES * speed / canvas.fps)
+        # At the ends of the clip the centroid is outside the bar, by whole pixels of it.
+        if thickness + 1 <= travel <= bounds[axis][1] - bounds[axis][0]:
+            break
+    else:
         return None
     motion = straight(rng, canvas, bounds, (speed, speed), DIRECTIONS[kind])
     path = (motion.x, motion.y)[axis].position
@@ -221,29 +226,42 @@ def _occluders(rng: np.random.Generator, canvas: Canvas, split: str) -> Drawing 
 def _pan(rng: np.random.Generator, canvas: Canvas, split: str) -> Drawing | None:
     direction = np.array(DIRECTIONS[pick(rng, AXES)])
     camera = direction * float(rng.uniform(*_speed(rng, split))) * canvas.unit
-    sweep = camera * canvas.duration
     frame = np.array([canvas.width, canvas.height], np.float64)
-    objects: list[Object] = []
-    for colour, shape in _looks(rng, split, pick(rng, (2, 3))):
-        size = pick(rng, LEVELS[1].sizes)
-        radius = SIZES[size] * canvas.unit
-        inside = np.array(room(shape, radius, canvas))
-        # Along the pan anywhere that the camera comes by; across it inside the frame.
-        low = np.where(direction == 0, inside[:, 0], np.minimum(sweep, 0))
-        high = np.where(direction == 0, inside[:, 1], frame + np.maximum(sweep, 0))
-        paths = [
-            physics.uniform(canvas.times, start, -velocity)
-            for start, velocity in zip(rng.uniform(low, high).tolist(), camera.tolist())
+    looks = _looks(rng, split, pick(rng, (2, 3)))
+    sizes = [pick(rng, LEVELS[1].sizes) for _ in looks]
+    for _ in range(_TRIES):
+        objects = [
+            _panned_object(rng, canvas, *look, size, camera) for look, size in zip(looks, sizes)
         ]
-        motion = Motion(*paths)
-        objects.append(moving_object(colour, shape, size, radius, "still", motion, canvas.fps))
-    centred = np.array([((o.position >= 0) & (o.position <= frame)).all(axis=1) for o in objects])
-    # Everything is seen at some time, and something at every time.
-    if not (centred.any(axis=0).all() and centred.any(axis=1).all() and never_touch(objects)):
-        return None
-    shown = tuple(with_visible(item, canvas) for item in objects)
-    per_frame = camera / canvas.fps
-    return Drawing(_background(rng), shown, camera=(float(per_frame[0]), float(per_frame[1])))
+        shown = np.array([((o.position >= 0) & (o.position <= frame)).all(axis=1) for o in objects])
+        # Something is seen at every time, and everything at some time.
+        if shown.any(axis=0).all() and shown.any(axis=1).all() and never_touch(objects):
+            x, y = (camera / canvas.fps).tolist()
+            seen = tuple(with_visible(item, canvas) for item in objects)
+            return Drawing(_background(rng), seen, camera=(x, y))
+    return None
+
+
+def _panned_object(
+    rng: np.random.Generator,
+    canvas: Canvas,
+    colour: str,
+    shape: str,
+    size: str,
+    camera: np.ndarray,
+) -> Object:
+    """A still object; `camera`: its velocity, pixels per second."""
+    radius, sweep = SIZES[size] * canvas.unit, camera * canvas.duration
+    inside = np.array(room(shape, radius, canvas))
+    # Along the pan anywhere that the camera comes by; across it inside the frame.
+    low = np.where(camera == 0, inside[:, 0], np.minimum(sweep, 0))
+    frame = np.array([canvas.width, canvas.height])
+    high = np.where(camera == 0, inside[:, 1], frame + np.maximum(sweep, 0))
+    x, y = (
+        physics.uniform(canvas.times, start, -velocity)
+        for start, velocity in zip(rng.uniform(low, high).tolist(), camera.tolist())
+    )
+    return moving_object(colour, shape, size, radius, "still", Motion(x, y), canvas.fps)
 
 
 def _bounces(rng: np.random.Generator, canvas: Canvas, split: str) -> Drawing | None:
@@ -261,29 +279,39 @@ def _bounces(rng: np.random.Generator, canvas: Canvas, split: str) -> Drawing | 
             within = min(0.9 * canvas.duration, (high - low) / abs(velocity))
             start = (high if velocity > 0 else low) - velocity * float(rng.uniform(0.1, 1)) * within
         paths.append(physics.reflect(canvas.times, start, velocity, low, high))
-    item = moving_object(colour, shape, size, radius, "ricocheting", Motion(*paths), canvas.fps)
+    motion = Motion(paths[0], paths[1])
+    item = moving_object(colour, shape, size, radius, "ricocheting", motion, canvas.fps)
     return Drawing(_background(rng), (item,))
 
 
 _STRAIGHT = max_duration(AXES, SPEED)
-_PROTOCOL = (
-    protocol.SPLITS,
-    protocol.LONGEST,
-    0.0,
-    0.0,
-    protocol.MIN_FRAMES,
-    protocol.MIN_FPS,
-)
+
+
+def _protocol(attempt: Callable[[np.random.Generator, Canvas, str], Drawing | None]) -> Scenario:
+    return Scenario(
+        attempt,
+        protocol.SPLITS,
+        protocol.LONGEST,
+        min_frames=protocol.MIN_FRAMES,
+        min_fps=protocol.MIN_FPS,
+    )
+
+
 SCENARIOS: dict[str, Scenario] = {
     "subjects": Scenario(_subjects, ("train", "held-out", "identities"), _STRAIGHT),
     "collisions": Scenario(_collisions, _SPLITS, longest=2.2, min_frames=5),
-    # The fastest of the smallest has to get past a bar that is wider than itself.
+    # Long enough to get past a bar that is wider than the object, short enough to stay inside.
     "occluders": Scenario(
-        _occluders, _SPLITS, _STRAIGHT, shortest=0.65, extra_frames=HIDDEN_FRAMES
+        _occluders,
+        _SPLITS,
+        _STRAIGHT,
+        shortest=0.8,
+        extra_frames=HIDDEN_FRAMES,
+        longest_speeds=1.3,
     ),
     "pan": Scenario(_pan, _SPLITS, longest=2.4),
     "bounces": Scenario(_bounces, _SPLITS, longest=math.inf),
-    "uniform": Scenario(protocol.uniform, *_PROTOCOL),
-    "collision": Scenario(protocol.collision, *_PROTOCOL),
-    "parabola": Scenario(protocol.parabola, *_PROTOCOL),
+    "uniform": _protocol(protocol.uniform),
+    "collision": _protocol(protocol.collision),
+    "parabola": _protocol(protocol.parabola),
 }

@@ -173,7 +173,7 @@ class Scene:
                 objects.append(
                     Object(**{**row, **arrays, "acceleration": tuple(row["acceleration"])})
                 )
-            own = {k: tuple(state[k]) for k in _PAIRS & state.keys()}
+            own: dict[str, Any] = {k: tuple(state[k]) for k in _PAIRS & state.keys()}
             if "scenario" in state:
                 own["level"] = None
             return cls(**{**state, **own, "objects": tuple(objects)})

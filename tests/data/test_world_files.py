@@ -1,5 +1,6 @@
 """The `world` command end to end: real files, resumption, the same bytes from any worker."""
 
+import hashlib
 import json
 import os
 import signal
@@ -11,13 +12,15 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from data.cli import app
 from data.video import parse_size
-from data.world import Scene
+from data.world import SPLITS, Scene
 from data.world_files import WorldSpec, write_world
 from data.world_render import render
+from data.world_subjects import reference_scene
 
 
 def command(out, *more):
@@ -137,6 +140,85 @@ def test_damaged_arguments_are_named(tmp_path):
         write_world(tmp_path, spec(), workers=0)
 
 
+# Of manifest, arguments, frames and names, before there were scenarios: what is trained on, and what
+# lies in folders made earlier, stays what it was.
+LEVEL_HASHES = {
+    1: ("de98bfb257dcb157", "3fa04a44f32ba375", "5cdac488b566bd30", "d91995a74f2b849b"),
+    2: ("bedbf47bd12ff36f", "0dd97e69bf2cbc72", "ed59fb657c15cdc6", "da83bbad0b9f7548"),
+    3: ("218e96b460f7f5f4", "dbfd9e004df54005", "5744d75be67414aa", "8ac61f7cdd42dd4d"),
+    4: ("509b87decc405b64", "dd4f897931a79d4e", "4e38fdd355437d09", "83440ca33c723ee0"),
+}
+
+
+@pytest.mark.parametrize("level", LEVEL_HASHES)
+def test_levels_are_what_they_always_were(tmp_path, level):
+    for split, expected in zip(SPLITS, LEVEL_HASHES[level]):
+        arguments = spec(clips=6, seed=5, split=split, level=level, width=32 + 16 * (level % 2))
+        out = tmp_path / split
+        write_world(out, arguments, workers=0)
+        digest = hashlib.blake2b(digest_size=8)
+        for name in ("world.json", "manifest.jsonl"):
+            digest.update((out / name).read_bytes())
+        for index in range(6):
+            digest.update(render(arguments.scene(index)).tobytes())
+        digest.update(json.dumps(sorted(str(p.relative_to(out)) for p in out.rglob("*"))).encode())
+        assert digest.hexdigest() == expected, split
+
+
+def subjects(**change):
+    return spec(**{"level": None, "scenario": "subjects", "clips": 12, **change})
+
+
+def test_subjects_come_with_a_picture_of_each(tmp_path):
+    out = tmp_path / "world"
+    arguments = ("--scenario", "subjects", "--split", "identities", "--clips", 12)
+    result = command(out, *arguments, "--size", "32x48", "--workers", 0)
+    assert result.exit_code == 0, result.output
+    assert json.loads((out / "world.json").read_text())["scenario"] == "subjects"
+    rows = read_rows(out)
+    assert {len(row["references"]) for row in rows} == {1, 2}
+    for row in rows:
+        assert (row["scenario"], "level" in row) == ("subjects", False)
+        scene = Scene.from_state(row["state"])
+        assert len(row["references"]) == len(scene.objects)
+        for number, path in enumerate(row["references"]):
+            assert path == f"references/000/{row['index']:06d}-{number + 1}.png"
+            with Image.open(out / path) as picture:
+                found = np.array(picture)
+            assert found.shape == (32, 48, 3)
+            expected = render(reference_scene(scene, number))[0]
+            np.testing.assert_array_equal(found, expected)
+    listed = {out / path for row in rows for path in (row["path"], *row["references"])}
+    assert {path for path in out.rglob("*") if path.suffix in (".png", ".mp4")} == listed
+
+
+def test_an_interrupted_call_also_brings_back_lost_pictures(tmp_path):
+    write_world(tmp_path, subjects(), workers=0)
+    before = contents(tmp_path)
+    rows = read_rows(tmp_path)
+    two = next(row for row in rows if len(row["references"]) == 2)
+    (tmp_path / two["references"][1]).unlink()
+    (tmp_path / rows[0]["path"]).unlink()
+    write_world(tmp_path, subjects(), workers=0)
+    assert contents(tmp_path) == before
+
+
+def test_files_of_a_scenario_do_not_depend_on_workers(tmp_path):
+    write_world(tmp_path / "one", subjects(clips=70), workers=0)
+    write_world(tmp_path / "two", subjects(clips=70), workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_another_scenario_in_the_same_folder_is_refused(tmp_path):
+    out = tmp_path / "world"
+    assert command(out, "--clips", 2, "--workers", 0).exit_code == 0
+    result = command(out, "--clips", 2, "--workers", 0, "--scenario", "pan")
+    assert isinstance(result.exception, ValueError)
+    assert "got level=None, scenario=pan, it was made with level=1, scenario=None" in str(
+        result.exception
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -146,6 +228,10 @@ def test_damaged_arguments_are_named(tmp_path):
         (("--size", "32x32x3"), "--size 32x32x3: expected pixels"),
         (("--split", "test"), "split=test is unknown"),
         (("--level", "0"), "level=0 is unknown"),
+        (("--scenario", "pan", "--level", "1"), "level=1 says nothing about scenario=pan"),
+        (("--scenario", "rain"), "scenario=rain is unknown; use one of shapes, subjects"),
+        (("--scenario", "subjects", "--split", "speeds"), "use one of train, held-out, identities"),
+        (("--scenario", "pan", "--frames", "100"), "use at most 20 frames"),
         (("--frames", "100"), "use at most"),
         (("--workers", "-1"), "workers=-1 is negative"),
     ],

@@ -147,3 +147,46 @@ def test_drop_agrees_with_fine_stepping():
             velocity *= -0.7
     path = physics.drop(np.arange(9) * 0.25, 0.0, 3.0, 10.0, 5.0, 0.7)
     np.testing.assert_allclose(path.position, positions, atol=2e-3)
+
+
+collisions = {
+    "gap": st.floats(0, 10),
+    "one": st.floats(-10, 20),
+    "other": st.floats(-20, 10),
+    "masses": st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)),
+}
+
+
+@given(**collisions)
+def test_a_collision_keeps_momentum_and_energy_and_lets_nothing_through(gap, one, other, masses):
+    paths = physics.collide(TIMES, (1.0, 4.0 + gap), (one, other), masses, 3.0)
+    velocities = np.stack([path.velocity for path in paths])
+    m, before = np.array(masses)[:, None], np.array([[one], [other]])
+    momentum, energy = (m * velocities).sum(axis=0), (m * velocities**2).sum(axis=0)
+    np.testing.assert_allclose(momentum - (m * before).sum(), 0, atol=1e-9)
+    np.testing.assert_allclose(energy - (m * before**2).sum(), 0, atol=1e-8)
+    assert (paths[1].position - paths[0].position).min() >= 3.0 - 1e-9
+    assert paths[0].contacts == paths[1].contacts
+    meets = one > other and gap <= (one - other) * TIMES[-1]
+    assert len(paths[0].contacts) == meets
+    for contact in paths[0].contacts:
+        at, other_at = (
+            path.position[0]
+            for path in physics.collide(
+                np.array([contact]), (1.0, 4.0 + gap), (one, other), masses, 3.0
+            )
+        )
+        assert other_at - at == pytest.approx(3.0, abs=1e-7)
+
+
+def test_collisions_by_hand():
+    times = np.array([0.0, 1.0, 2.0, 3.0])
+    # Equal masses exchange their velocities; a ball at rest takes all of it.
+    one, other = physics.collide(times, (0.0, 4.0), (2.0, 0.0), (1.0, 1.0), 2.0)
+    np.testing.assert_allclose(one.position, [0, 2, 2, 2])
+    np.testing.assert_allclose(other.position, [4, 4, 6, 8])
+    assert one.contacts == (1.0,)
+    # Three times as heavy: 2 at 1 against 2 at -1 have a common velocity of 0.5.
+    one, other = physics.collide(times, (0.0, 4.0), (1.0, -1.0), (3.0, 1.0), 2.0)
+    np.testing.assert_allclose(one.velocity, [1, 0, 0, 0])
+    np.testing.assert_allclose(other.velocity, [-1, 2, 2, 2])
