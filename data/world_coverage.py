@@ -12,6 +12,8 @@ import numpy as np
 
 from data.world_motion import extents
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(6)
 
 
@@ -66,21 +68,39 @@ def visible_shares(
         position: centroids, (f, 2) pixels.
         occluder: (left, top, right, bottom) in pixels.
     """
-    free = np.ones((height, width), bool)
-    if occluder is not None:
-        left, top, right, bottom = occluder
-        free[top:bottom, left:right] = False
-    pad = math.ceil(max(extents(shape, radius))) + 1
-    free = np.pad(free, 2 * pad + 1)
+    frame = (0, 0, width, height)
+    left, right, top, bottom = extents(shape, radius)
     shares = []
     for x, y in position.tolist():
-        column, row = math.floor(x), math.floor(y)
-        alpha = coverage(shape, radius, x - column + pad, y - row + pad, 2 * pad + 1, 2 * pad + 1)
-        # The window's corner is at (row - pad, column - pad), and far outside all is hidden alike.
-        at = (
-            np.clip(row, -pad - 1, height + pad) + pad + 1,
-            np.clip(column, -pad - 1, width + pad) + pad + 1,
-        )
-        window = free[at[0] : at[0] + 2 * pad + 1, at[1] : at[1] + 2 * pad + 1]
-        shares.append(float((alpha * window).sum() / alpha.sum()))
+        box = (x - left, y - top, x + right, y + bottom)
+        if _disjoint(box, frame) or (occluder is not None and _within(box, occluder)):
+            shares.append(0.0)
+        elif _within(box, frame) and (occluder is None or _disjoint(box, occluder)):
+            shares.append(1.0)
+        else:
+            shares.append(_drawn_share(shape, radius, box, frame, occluder))
     return np.array(shares)
+
+
+def _within(box: Box, other: Box) -> bool:
+    return box[0] >= other[0] and box[1] >= other[1] and box[2] <= other[2] and box[3] <= other[3]
+
+
+def _disjoint(box: Box, other: Box) -> bool:
+    return box[2] <= other[0] or box[0] >= other[2] or box[3] <= other[1] or box[1] >= other[3]
+
+
+def _drawn_share(shape: str, radius: float, box: Box, frame: Box, occluder: Box | None) -> float:
+    """By the shape's own pixels, wherever they are."""
+    left, _, top, _ = extents(shape, radius)
+    column, row = math.floor(box[0]), math.floor(box[1])
+    columns = np.arange(column, math.ceil(box[2]))
+    rows = np.arange(row, math.ceil(box[3]))[:, None]
+    x, y = box[0] + left - column, box[1] + top - row
+    alpha = coverage(shape, radius, x, y, len(rows), len(columns))
+    free = (columns >= frame[0]) & (columns < frame[2]) & (rows >= frame[1]) & (rows < frame[3])
+    if occluder is not None:
+        hidden = (columns >= occluder[0]) & (columns < occluder[2])
+        free &= ~(hidden & (rows >= occluder[1]) & (rows < occluder[3]))
+    # The same order of summation above and below, so that all is exactly 1 and nothing exactly 0.
+    return float((alpha * free).sum() / alpha.sum())

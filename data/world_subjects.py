@@ -108,7 +108,7 @@ def texture(item: Object, x: float, y: float, height: int, width: int) -> np.nda
     u, v = (u - x)[None] / item.radius, (v - y)[:, None] / item.radius
     inside = np.broadcast_to(PATTERNS[look.pattern](u, v), (len(v), u.shape[1]))
     shape = (rows.stop - rows.start, _FINE, columns.stop - columns.start, _FINE)
-    share = inside.reshape(shape).mean(axis=(1, 3))
+    share = inside.reshape(shape).sum(axis=(1, 3)) / _FINE**2
     out = np.empty((height, width, 3))
     out[:] = first
     out[rows, columns] += share[:, :, None] * (second - first)
