@@ -6,7 +6,9 @@ Needs numpy and PyAV only, so that world-rendering workers start without importi
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,9 +49,25 @@ def write_video(
         ValueError: not uint8, not of that shape, no frames, odd height or width, bad fps or crf.
         FileNotFoundError: the folder does not exist.
     """
-    frames = _as_frames(video)
-    height, width = frames.shape[1:3]
-    tiny = height * width <= _TINY
+    write_chunks(path, [video], fps, crf)
+
+
+def write_chunks(
+    path: str | os.PathLike[str],
+    chunks: Iterable[np.ndarray | torch.Tensor],
+    fps: float,
+    crf: int | None = None,
+) -> None:
+    """`write_video` of a video that comes piece by piece, of which one at a time is in memory.
+
+    Raises:
+        ValueError, FileNotFoundError: as `write_video`; or there is no piece, or one of another size.
+    """
+    parts = map(_as_frames, chunks)
+    first = next(parts, None)
+    if first is None:
+        raise ValueError("got no piece of a video to write")
+    tiny = first.shape[1] * first.shape[2] <= _TINY
     if crf is None:
         crf = 10 if tiny else 17
     if not 0 <= crf <= 51:
@@ -60,8 +78,19 @@ def write_video(
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
 
+    frames = chain(first, chain.from_iterable(_of_size(parts, first.shape[1:])))
     with replacing(path) as partial:
-        _encode(partial, frames, Fraction(fps).limit_denominator(1001), crf, 1 if tiny else 0)
+        size = first.shape[1], first.shape[2]
+        _encode(partial, frames, size, Fraction(fps).limit_denominator(1001), crf, 1 if tiny else 0)
+
+
+def _of_size(parts: Iterable[np.ndarray], size: tuple[int, ...]) -> Iterator[np.ndarray]:
+    for part in parts:
+        if part.shape[1:] != size:
+            raise ValueError(
+                f"a piece of {part.shape[1]}x{part.shape[2]} frames after one of {size[0]}x{size[1]}"
+            )
+        yield part
 
 
 def _as_frames(video: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -86,8 +115,15 @@ def _as_frames(video: np.ndarray | torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(frames)
 
 
-def _encode(path: Path, frames: np.ndarray, fps: Fraction, crf: int, num_threads: int) -> None:
-    _, height, width, _ = frames.shape
+def _encode(
+    path: Path,
+    frames: Iterable[np.ndarray],
+    size: tuple[int, int],
+    fps: Fraction,
+    crf: int,
+    num_threads: int,
+) -> None:
+    height, width = size
     options = {"movflags": "+faststart"}
     with av.open(str(path), "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=fps)

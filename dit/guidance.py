@@ -28,6 +28,7 @@ from pydantic import (
 )
 from torch import Tensor
 
+from dit.conditions import BesideFrames
 from dit.objective import Objective, broadcast_t
 from dit.reuse import FeatureReuse
 from dit.transformer import DiT, PreparedContext
@@ -168,8 +169,10 @@ class GuidedDenoiser:
         guidance: GuidanceConfig,
         reuse_threshold: float | None,
         objective: Objective | None,
+        beside: BesideFrames | None = None,
     ) -> None:
         self.model, self.guidance, self.objective = model, guidance, objective
+        self.beside = beside
         self.num_evaluations = 0  # clips that the model was asked about
         self._levels: list[float] = []  # noise levels met so far
         self._projected = None
@@ -213,8 +216,10 @@ class GuidedDenoiser:
 
     def _predict(self, x: Tensor, t: Tensor, text: PreparedContext, number: int) -> Tensor:
         self.num_evaluations += len(x)
-        reuse = self.reuse[number] if self.reuse else None
-        return self.model(x, t, text, reuse=reuse).float()
+        reuse, beside = self.reuse[number] if self.reuse else None, self.beside
+        if beside is not None:
+            beside = beside.repeated(len(x) // len(beside.latents))
+        return self.model(x, t, text, beside=beside, reuse=reuse).float()
 
     def _stands_still(self, t: Tensor) -> bool:
         """Whether this is one of the first noise levels, at which CFG-Zero* does not move."""
@@ -258,6 +263,7 @@ def guided_denoiser(
     *,
     reuse_threshold: float | None = None,
     objective: Objective | None = None,
+    beside: BesideFrames | None = None,
 ) -> GuidedDenoiser:
     """The denoiser of one sampling run: make a new one for every run, as it remembers steps.
 
@@ -271,6 +277,7 @@ def guided_denoiser(
         reuse_threshold: leave out blocks at steps where little changes, see `FeatureReuse`.
         objective: the model's. With it APG works on the data that predictions imply, as its paper
             has it; without on the predictions, as diffusers has it. The other kinds don't need it.
+        beside: frames that the clips are seen with, whatever the text.
     Raises:
         ValueError: the scale or threshold is not a finite number of at least 0, or cfg_zero is asked
             of a model that does not predict velocity.
@@ -282,4 +289,4 @@ def guided_denoiser(
             f"guidance kind=cfg_zero is for models that predict velocity, and this one predicts "
             f"{objective.prediction}; use cfg or apg"
         )
-    return GuidedDenoiser(model, text, negative, guidance, reuse_threshold, objective)
+    return GuidedDenoiser(model, text, negative, guidance, reuse_threshold, objective, beside)

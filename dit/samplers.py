@@ -30,6 +30,23 @@ def initial_noise(generators: list[torch.Generator], shape: tuple[int, ...]) -> 
     return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
 
 
+def starting_noise(
+    generators: list[torch.Generator], shape: tuple[int, ...], given: Tensor | None = None
+) -> Tensor:
+    """What a sampler starts from, (b, *shape), float32: drawn, or as given.
+
+    Raises:
+        ValueError: it is given in another shape.
+    """
+    if given is None:
+        return initial_noise(generators, shape)
+    if given.shape != (len(generators), *shape):
+        raise ValueError(
+            f"noise has shape {tuple(given.shape)}; expected {(len(generators), *shape)}"
+        )
+    return given.to(generators[0].device, torch.float32)
+
+
 def _ends(denoise: Denoiser, objective: Objective, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """The x_0 and the noise that the network sees in x at one noise level t ()."""
     at, told = (level.to(x.device).expand(len(x)) for level in (t, objective.network_t(t)))
@@ -269,14 +286,7 @@ def run_sampler(
     name = _sampler_name(name, objective)
     if num_steps < 1:
         raise ValueError(f"steps={num_steps}; use 1 or more")
-    if noise is None:
-        x = initial_noise(generators, shape)
-    elif noise.shape == (len(generators), *shape):
-        x = noise.to(generators[0].device, torch.float32)
-    else:
-        raise ValueError(
-            f"noise has shape {tuple(noise.shape)}; expected {(len(generators), *shape)}"
-        )
+    x = starting_noise(generators, shape, noise)
     stops = objective.grid(num_steps, shift, num_tokens=num_tokens, grid=grid)
     if shift is not None:
         checked_shift(shift)

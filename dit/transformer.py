@@ -9,6 +9,7 @@ An image is the clip with f = 1; there is no second code path.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -16,6 +17,7 @@ from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from dit.attention import Backend, Segments
+from dit.conditions import BesideFrames
 from dit.layers import (
     GELU,
     Attention,
@@ -286,6 +288,7 @@ class DiT(nn.Module):
         context: Tensor | PreparedContext,
         context_mask: Tensor | None = None,
         *,
+        beside: BesideFrames | None = None,
         reuse: FeatureReuse | None = None,
     ) -> Tensor:
         """Prediction for noisy latents.
@@ -296,11 +299,13 @@ class DiT(nn.Module):
             context: text states (b m context_dim), or what `prepare_context` made of them.
             context_mask: (b m), True where there is text, at least one True per clip; None where
                 all of it is. A prepared context has its own.
+            beside: frames that the clip's are to be seen with; nothing is predicted for them.
             reuse: to leave out blocks at some steps of a sampling run; None runs all of them.
         Returns:
             Like x_t, in the dtype of the weights or of autocast.
         Raises:
-            ValueError: x_t does not divide into patches, or t fits neither form.
+            ValueError: x_t does not divide into patches, t fits neither form, or the frames beside it
+                do not fit x_t.
         """
         b, _, f, h, w = x_t.shape
         patch_size = self.config.patch_size
@@ -313,8 +318,17 @@ class DiT(nn.Module):
             assert context_mask is None
         mask = None if context_mask is None else context_mask[:, None, None]
         tokens, positions = to_patches(x_t, patch_size), grid_positions(grid, x_t.device)
+        if beside is not None:
+            beside.check(x_t, patch_size)
+            t = torch.cat([t.expand(b, grid[0]), beside.t], dim=1)
+            tokens = torch.cat(
+                [tokens, to_patches(beside.latents.to(x_t.dtype), patch_size)], dim=1
+            )
+            positions = torch.cat(
+                [positions.expand(b, -1, -1), beside.token_positions(grid)], dim=1
+            )
         tokens = self.forward_tokens(tokens, positions, t, context, mask, reuse=reuse)
-        return from_patches(tokens, patch_size, grid)
+        return from_patches(tokens[:, : prod(grid)], patch_size, grid)
 
     def forward_packed(
         self,

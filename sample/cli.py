@@ -1,191 +1,33 @@
 """`zoetrope sample MODEL "prompt"`: a model folder and prompts to video files."""
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sample.abilities import FromVideos, Rolling
+from sample.options import (
+    check_prompts,
+    dtype_of,
+    grid_of,
+    guidance_of,
+    output_paths,
+    outside_trained,
+    read_image,
+    read_keyframes,
+    write_gif,
+)
+
 if TYPE_CHECKING:
-    from torch import Tensor
     from tqdm import tqdm
 
-    from dit.guidance import GuidanceConfig
     from sample.pipeline import TextToVideo
     from sample.processes import Ranks
 
 
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; blank lines and lines that start with # are left out.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, not text, or no prompt in it.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; --prompts takes a text file, a prompt a line"
-        )
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text; expected a prompt a line") from error
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise ValueError(f"{path}: no prompt in it; expected a prompt a line")
-    return prompts
-
-
-def output_paths(output: Path, count: int, gif: bool = False) -> list[Path]:
-    """out.mp4 for one video; out-000.mp4, out-001.mp4, ... for several.
-
-    Raises:
-        ValueError: the name does not end in .mp4, or what is to be written, a .gif beside each video
-            too where asked for, stands there as a folder or cannot be.
-    """
-    if not output.name:
-        raise ValueError("-o: no file name given; expected a .mp4, such as out.mp4")
-    if output.suffix != ".mp4":
-        raise ValueError(
-            f"-o {output}: videos are written as .mp4; use {output.with_suffix('.mp4')}"
-        )
-    paths = [output]
-    if count > 1:
-        paths = [output.with_name(f"{output.stem}-{i:03d}.mp4") for i in range(count)]
-    _check_files("-o", [output, *paths])
-    if gif:
-        _check_files("--gif", [path.with_suffix(".gif") for path in paths])
-    return paths
-
-
-def _check_files(flag: str, paths: Sequence[Path]) -> None:
-    """Refuses files that are folders, and files of one folder that cannot be made or written to."""
-    for path in paths:
-        if path.is_dir():
-            raise ValueError(f"{flag} {path}: is a folder; give a file name")
-    folder = paths[0].parent
-    above = next(each for each in (folder, *folder.parents) if each.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        what = "is a folder that you may not write to" if above.is_dir() else "is not a folder"
-        raise ValueError(f"{flag} {paths[0]}: {above} {what}; give another place")
-
-
-def write_gif(path: Path, frames, fps: float) -> None:  # noqa: ANN001 (numpy, imported lazily)
-    """frames uint8 (f h w 3) as an endless GIF, written aside and renamed."""
-    from PIL import Image
-
-    pictures = [Image.fromarray(frame) for frame in frames]
-    aside = path.with_name(f".{path.name}.partial")
-    options = {"append_images": pictures[1:], "duration": round(1000 / fps), "loop": 0}
-    try:
-        pictures[0].save(aside, format="GIF", save_all=True, **options)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def read_image(path: Path, height: int, width: int) -> "Tensor":
-    """A picture as a first frame (3 h w) in [-1, 1]: scaled to cover the size, cut at the middle.
-
-    Of 8 or 16 bits a value; what is transparent shows white paper behind it.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or not a picture, or one of more bits.
-    """
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps
-
-    from data.images import eight_bits
-    from data.video import to_float
-
-    if not path.is_file():
-        raise FileNotFoundError(f"--image {path}: no such file")
-    try:
-        with Image.open(path) as opened:
-            ImageOps.exif_transpose(opened, in_place=True)
-            picture = eight_bits(opened)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"--image {path}: too large; make it smaller ({error})") from error
-    except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # PIL's, by format
-        raise ValueError(f"--image {path}: not a picture that can be read ({error})") from error
-    picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-    return to_float(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-
-
-def _grid(kind: str | None) -> Any:
-    """The grid config of a name."""
-    from typing import get_args
-
-    from dit.grids import GridConfig
-
-    if kind is None:
-        return None
-    grids = {grid.model_fields["kind"].default: grid for grid in get_args(get_args(GridConfig)[0])}
-    if kind not in grids:
-        raise ValueError(f"--grid {kind}: use {', '.join(grids)}")
-    return grids[kind]()
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    if name not in ("bfloat16", "float32"):
-        raise ValueError(f"--dtype {name}: use bfloat16 or float32")
-    return getattr(torch, name)
-
-
-def _guidance(
-    pipeline: "TextToVideo",
-    scale: float | None,
-    low: float | None,
-    *,
-    negative: str,
-    steps: int | None,
-    **options: Any,
-) -> "GuidanceConfig":
-    """What the flags say; the scale as the model has it by default.
-
-    Raises:
-        ValueError: a value that cannot be used, flags that would do nothing, or no step that moves.
-    """
-    from dit.guidance import GuidanceConfig
-
-    given = {name: value for name, value in options.items() if value not in (None, False)}
-    scale = pipeline.sampling.guidance if scale is None else scale
-    config = GuidanceConfig.checked(scale=scale, **given)
-    flags = ["--sequential" if name == "sequential" else f"--guidance-{name}" for name in given]
-    flags += ["--negative"] if negative else []
-    if flags and scale == 1 and low in (None, 1):
-        raise ValueError(f"guidance 1 is no guidance; leave out {flags[0]} or raise --guidance")
-    steps = pipeline.sampling.steps if steps is None else steps
-    if scale != 1 and config.zero_steps and steps <= config.zero_steps:
-        raise ValueError(
-            f"--steps {steps}: cfg_zero keeps the noise for the first {config.zero_steps}; use "
-            f"{config.zero_steps + 1} or more, or another --guidance-kind"
-        )
-    return config
-
-
-def _check(
-    prompt: str | None, prompts: Path | None, num: int, batch_size: int | None, sheet: Path | None
-) -> list[str]:
-    """The prompts, as many times as asked; refuses flags that do not fit each other."""
-    if (prompt is None) == (prompts is None):
-        raise ValueError(
-            "give a prompt in quotes, or a file of them with --prompts (one of the two)"
-        )
-    if num < 1:
-        raise ValueError(f"--num {num}: use 1 or more")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"--batch-size {batch_size}: use 1 or more")
-    if sheet is not None and sheet.suffix != ".png":
-        raise ValueError(f"--sheet {sheet}: expected a .png")
-    if sheet is not None:
-        _check_files("--sheet", [sheet])
-    texts = [prompt] if prompt is not None else read_prompts(prompts)  # type: ignore[arg-type]
-    return [text for text in texts for _ in range(num)]
+_GIVEN: dict[str, Any] = {"rich_help_panel": "What is given beside the prompt"}
 
 
 def _advance(bar: "tqdm[Any]", count: int, step: int) -> None:
@@ -203,14 +45,19 @@ def _generate(
     gif: bool,
     keep: bool,
     options: dict[str, Any],
+    make: Callable[[str, int, dict[str, Any]], Any] | None = None,
 ) -> list[Any]:
     """Samples batch by batch and writes each video; gives the clips, uint8 (f h w 3), to keep.
 
     Batches are dealt out to the processes; of those that share one, the first decodes and writes.
+
+    Args:
+        make: in place of the pipeline; makes one video (3 f h w) from a prompt, a seed and options.
     """
     from tqdm import tqdm
 
     from data.video import to_uint8, write_video
+    from sample.options import write_png
 
     clips: dict[int, Any] = {}
     evaluated = skipped = 0
@@ -218,22 +65,25 @@ def _generate(
     writes = ranks.rank % ranks.context == 0
     batch = min(batch, -(-len(texts) // ranks.num_data_ranks))
     starts = range(0, len(texts), batch)[ranks.data_rank :: ranks.num_data_ranks]
-    total = sum(len(texts[start : start + batch]) for start in starts) * steps
+    total = sum(len(texts[start : start + batch]) for start in starts) * steps if not make else None
     with tqdm(total=total, desc="sampling", unit="step", disable=not ranks.is_main) as bar:
         for start in starts:
             chunk = texts[start : start + batch]
-            videos = pipeline(
-                chunk,
-                seeds=range(seed + start, seed + start + len(chunk)),
-                progress=partial(_advance, bar, len(chunk)),
-                output="video" if writes else "latents",
-                **options,
-            )
+            asked = {**options, "progress": partial(_advance, bar, len(chunk))}
+            if make is not None:
+                videos = make(chunk[0], seed + start, asked)[None]
+            else:
+                seeds = range(seed + start, seed + start + len(chunk))
+                output = "video" if writes else "latents"
+                videos = pipeline(chunk, seeds=seeds, output=output, **asked)
             evaluated += pipeline.work.num_evaluations
             skipped += pipeline.work.num_skipped
             for index, video in enumerate(videos if writes else (), start):
                 clip = to_uint8(video).permute(1, 2, 3, 0).numpy()
-                write_video(paths[index], clip, fps=fps)
+                if paths[index].suffix == ".png":
+                    write_png(paths[index], clip[0])
+                else:
+                    write_video(paths[index], clip, fps=fps)
                 if gif:
                     write_gif(paths[index].with_suffix(".gif"), clip, fps)
                 if keep:
@@ -250,13 +100,52 @@ def sample(
     model: Annotated[Path, typer.Argument(help="A model folder, such as runs/demo/model.")],
     prompt: Annotated[str | None, typer.Argument(help="What the video shows.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file, a prompt a line.")] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help=".mp4 to write.")] = Path(
-        "out.mp4"
-    ),
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File to write: out.mp4, or out.png.")
+    ] = None,
     frames: Annotated[int | None, typer.Option(help="Length; as trained by default.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels: 32 or HEIGHTxWIDTH.")] = None,
-    image: Annotated[
-        Path | None, typer.Option(help="A picture to begin with, for models that can.")
+    image: Annotated[Path | None, typer.Option(help="A picture to begin with.", **_GIVEN)] = None,
+    last: Annotated[Path | None, typer.Option(help="A picture to end with.", **_GIVEN)] = None,
+    keyframe: Annotated[
+        list[str] | None,
+        typer.Option(help="A picture at a time, as SECONDS:PATH; may be repeated.", **_GIVEN),
+    ] = None,
+    extend: Annotated[
+        Path | None, typer.Option(help="A video that goes on, for --seconds more.", **_GIVEN)
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="To extend by; 1.", **_GIVEN)] = None,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="Extend in front of the video.", **_GIVEN)
+    ] = False,
+    both: Annotated[
+        bool, typer.Option("--both", help="Extend on either side of it.", **_GIVEN)
+    ] = False,
+    connect: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Two videos, from one of which to lead into the other.", **_GIVEN),
+    ] = None,
+    loop: Annotated[
+        bool, typer.Option("--loop", help="Lead back to the beginning.", **_GIVEN)
+    ] = False,
+    edit: Annotated[
+        Path | None, typer.Option(help="A video to change by the prompt.", **_GIVEN)
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Of the change, 0 to 1; 0.6.", **_GIVEN)
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Video or picture, white where to change.", **_GIVEN)
+    ] = None,
+    given: Annotated[
+        int | None, typer.Option(help="Latent frames of what is given; half a clip.", **_GIVEN)
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Length, in windows; the prompt may be a schedule.", **_GIVEN),
+    ] = None,
+    noise_level: Annotated[
+        float | None, typer.Option(help="Of what a window is given, 0 to 1; 0.", **_GIVEN)
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Sampler steps; the model's own, or 20.")
@@ -316,11 +205,19 @@ def sample(
         int, typer.Option(min=1, help="Under torchrun: processes that share a video's tokens.")
     ] = 1,
 ) -> None:
-    """Sample videos from text; under torchrun its processes share them out."""
-    texts = _check(prompt, prompts, num, batch_size, sheet)
+    """Sample videos from text, pictures and videos; under torchrun its processes share them out."""
+    texts = check_prompts(prompt, prompts, num, batch_size, sheet)
     if context != 1 and reuse is not None:
         raise ValueError(f"--reuse works on whole clips, and --context {context} splits them")
-    paths = output_paths(output, len(texts), gif)
+    videos = FromVideos(
+        *(extend, connect, loop, edit, seconds, backward, both, strength, mask, given)
+    )
+    pictures = [flag for flag, value in (("--image", image), ("--last", last)) if value]
+    pictures += ["--keyframe"] if keyframe else []
+    videos.check(pictures, frames, context)
+    rolling = Rolling(minutes, noise_level, given)
+    rolling.check(videos, frames, len(texts), pictures, sheet, gif)
+    paths = output_paths(output, len(texts), gif, picture=frames == 1 and minutes is None)
 
     from data.video import parse_size
     from sample import processes
@@ -328,12 +225,12 @@ def sample(
     from sample.pipeline import MAX_BATCH_CELLS, TextToVideo
 
     height, width = (None, None) if size is None else parse_size(size)
-    loras, loras_low = ([parse_lora(text) for text in given or ()] for given in (lora, lora_low))
+    loras, loras_low = ([parse_lora(text) for text in named or ()] for named in (lora, lora_low))
     ranks = processes.start(device or "auto", None, context=context)
     pipeline = TextToVideo.from_folder(
         model,
         device if ranks.mesh is None else ranks.device,
-        dtype=_dtype(dtype),
+        dtype=dtype_of(dtype),
         compile_blocks=compile_blocks,
         lora=loras,
         lora_low=loras_low,
@@ -350,7 +247,7 @@ def sample(
         "height": height,
         "width": width,
         "steps": steps,
-        "guidance": _guidance(
+        "guidance": guidance_of(
             pipeline,
             guidance,
             guidance_low,
@@ -363,27 +260,36 @@ def sample(
         ),
         "guidance_low": guidance_low,
         "sampler": sampler,
-        "grid": _grid(grid),
+        "grid": grid_of(grid),
         "shift": shift,
         "negative": negative,
         "image": None if image is None else read_image(image, height, width),
+        "keyframes": read_keyframes(last, keyframe or (), frames, height, width, info.fps),
         "reuse": reuse,
     }
     pipeline.latent_shape(frames, height, width)  # refuse what does not fit before making folders
-    for path in (output, sheet or output):
+    if ranks.is_main and (warning := outside_trained(info, frames, height, width)):
+        typer.echo(warning, err=True)
+    make = videos.maker(pipeline, height, width, options)
+    for path in (paths[0], sheet or paths[0]):
         path.parent.mkdir(parents=True, exist_ok=True)
     batch = batch_size or max(1, MAX_BATCH_CELLS // (frames * height * width))
-    clips = _generate(
-        pipeline,
-        texts,
-        paths,
-        ranks,
-        batch=batch,
-        seed=seed,
-        gif=gif,
-        keep=sheet is not None,
-        options=options,
-    )
+    if rolling.minutes is not None:
+        rolling.write(paths, pipeline, texts, seed, options, ranks)
+        clips = []
+    else:
+        clips = _generate(
+            pipeline,
+            texts,
+            paths,
+            ranks,
+            batch=1 if make else batch,
+            seed=seed,
+            gif=gif,
+            keep=sheet is not None,
+            options=options,
+            make=make,
+        )
     processes.stop()
     if not ranks.is_main:
         return

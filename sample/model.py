@@ -60,6 +60,8 @@ class ModelInfo(BaseModel):
     height: PositiveInt
     width: PositiveInt
     image_to_video: bool = False  # knows clean first frames, t = 0, from training
+    tasks: tuple[str, ...] = ()  # what else was given in training, by name in recipe.tasks
+    sizes: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...] = ()  # (frames, height, width)
     # Where the weights came from: git commit, config hash, step, data fingerprint.
     provenance: dict[str, str | int | float | None] = {}
 

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, TypeVar
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from data.randomness import generator
 from dit.grids import GridConfig
 from dit.guidance import GuidanceConfig, GuidedDenoiser, Text, guided_denoiser
-from dit.samplers import Denoiser, SamplerName, run_sampler
+from dit.samplers import Denoiser, SamplerName, run_sampler, starting_noise
 from dit.transformer import DiTConfig
 from dit.vae import VAE
 from dit.vae_parts import decode_in_parts
+from sample.given import Given, given_pictures, joined, require_task
 from sample.lora import GivenLoRAs, add_loras, as_loras
 from sample.model import Model, load_model
 
@@ -54,17 +55,6 @@ def quiet_compiler(device: torch.device) -> None:
 def two_experts(high: Denoiser, low: Denoiser, boundary: float) -> Denoiser:
     """`high` from t = 1 down to the boundary, `low` below it; the noisiest frame decides."""
     return lambda x, t: (high if (t >= boundary).any() else low)(x, t)
-
-
-def with_held_frames(denoise: Denoiser, clean: Tensor, held: Tensor) -> Denoiser:
-    """A denoiser that always sees some frames clean, at t = 0, whatever the sampler makes of them.
-
-    Args:
-        clean: latents (b c f h w), of which the held frames count; held: (f,), True for those.
-    """
-    return lambda x, t: denoise(
-        torch.where(held[:, None, None], clean, x), torch.where(held, 0.0, t[:, None])
-    )
 
 
 def latent_shape(
@@ -210,6 +200,8 @@ class TextToVideo:
         seeds: Sequence[int] | None = None,
         negative: str | Text = "",
         image: Tensor | None = None,
+        keyframes: Mapping[int, Tensor] | None = None,
+        given: Given | None = None,
         noise: Tensor | None = None,
         reuse: float | None = None,
         output: Literal["video", "latents"] = "video",
@@ -227,6 +219,8 @@ class TextToVideo:
             negative: what guidance moves away from; or its states and mask, one row or one per prompt.
             image: (3 h w) or one per prompt (b 3 h w) in [-1, 1], the first frame, for models that
                 were trained with given ones.
+            keyframes: the same at other frames, by number from 0; -1 is the last.
+            given: latents that are known or to be edited.
             noise: the latents to start from (b c f h w), instead of drawing them.
             reuse: threshold of feature reuse, see `dit.reuse.FeatureReuse`; `work` counts.
             output: latents are normalised, (b c f h w).
@@ -236,9 +230,8 @@ class TextToVideo:
         Raises:
             ValueError: a size, length, sampler or count that does not fit, saying what does.
         """
-        size = (frames, height, width)
-        trained = (self.info.num_frames, self.info.height, self.info.width)
-        size = tuple(b if a is None else a for a, b in zip(size, trained))
+        info = self.info
+        size = (frames or info.num_frames, height or info.height, width or info.width)
         shape = self.latent_shape(*size)
         guidances = self._guidances(guidance, guidance_low)
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -247,11 +240,17 @@ class TextToVideo:
         seeds = list(range(count) if seeds is None else seeds)
         if len(seeds) != count:
             raise ValueError(f"{len(seeds)} seeds for {count} prompts; give one per prompt")
-        first = None if image is None else self._first_frame(image, count, *size[1:])
+        given = joined(self._pictures(image, keyframes or {}, count, size), given or Given())
+        generators = [generator(seed, "sample", device=self.device) for seed in seeds]
+        num_steps = self.sampling.steps if steps is None else steps
+        tokens = prod(s // p for s, p in zip(shape[1:], self.dit.config.patch_size))
         with self._autocast():
             guided = [
                 guided_denoiser(
-                    expert, *texts, each, reuse_threshold=reuse, objective=self.objective
+                    *(expert, *texts, each),
+                    reuse_threshold=reuse,
+                    objective=self.objective,
+                    beside=given.beside,
                 )
                 for expert, each in zip(self.experts, guidances)
             ]
@@ -259,24 +258,25 @@ class TextToVideo:
             if len(guided) == 2:
                 assert self.expert_boundary is not None
                 denoise = two_experts(guided[0], guided[1], self.expert_boundary)
-            held = torch.arange(shape[1], device=self.device) == 0
-            if first is not None:
-                denoise = with_held_frames(denoise, first, held)
+            start, stops = starting_noise(generators, shape, noise), None
+            denoise = given.applied(denoise, self.objective, start)
+            if given.source is not None:
+                stops = self.objective.grid(num_steps, shift, num_tokens=tokens, grid=grid)
+                start, stops = given.start(self.objective, start, stops)
             latents = run_sampler(
                 self.sampling.sampler if sampler is None else sampler,
                 denoise,
-                [generator(seed, "sample", device=self.device) for seed in seeds],
+                generators,
                 shape,
-                self.sampling.steps if steps is None else steps,
+                num_steps if stops is None else len(stops) - 1,
                 self.objective,
-                shift=shift,
-                grid=grid,
-                num_tokens=prod(s // p for s, p in zip(shape[1:], self.dit.config.patch_size)),
-                noise=noise,
+                shift=shift if stops is None else None,
+                grid=grid if stops is None else stops,
+                num_tokens=tokens,
+                noise=start,
                 progress=None if progress is None else lambda step, _: progress(step),
             )
-        if first is not None:
-            latents = torch.where(held[:, None, None], first, latents)
+        latents = given.finished(latents)
         self.work = _work(guided)
         if output == "latents":
             return latents.float().cpu()
@@ -365,21 +365,22 @@ class TextToVideo:
             )
         return states.to(self.device), None if mask is None else mask.to(self.device)
 
-    def _first_frame(self, image: Tensor, count: int, height: int, width: int) -> Tensor:
-        """The latents (b c 1 h w) of a given first frame."""
-        if not self.info.image_to_video:
-            raise ValueError(
-                "this model was not trained with given first frames; leave the image out, or use one "
-                "that was, such as an imported Wan 2.2 TI2V-5B"
-            )
-        images = image[None] if image.ndim == 3 else image
-        if images.shape[1:] != (3, height, width) or len(images) not in (1, count):
-            raise ValueError(
-                f"the image has shape {tuple(image.shape)}; expected (3 {height} {width}) or "
-                f"({count} 3 {height} {width})"
-            )
-        latents = self.vae.encode(images[:, :, None].to(self.device)).mean
-        return latents.expand(count, -1, -1, -1, -1)
+    def _pictures(
+        self,
+        image: Tensor | None,
+        keyframes: Mapping[int, Tensor],
+        count: int,
+        size: tuple[int, int, int],
+    ) -> Given:
+        """Pictures at some frames, as latents."""
+        pictures = {frame % size[0] if frame < 0 else frame: p for frame, p in keyframes.items()}
+        if image is not None:
+            pictures[0] = image
+        if 0 in pictures:
+            require_task(self.info, "first", "a given first frame")
+        if pictures.keys() - {0}:
+            require_task(self.info, "keyframe", "a given last or other frame")
+        return given_pictures(self.vae, pictures, *size, count)
 
 
 def _work(guided: list[GuidedDenoiser]) -> Work:

@@ -189,6 +189,8 @@ class RunConfig(Section):
             reason = "is for the tokens of a DiT, and the VAE recipe has none"
         elif self.train.parallel.context > 1:
             reason = f"does not go with train.parallel.context={self.train.parallel.context}"
+        elif {"image", "last", "ends", "keyframe", "window"} & self.recipe.tasks.weights.keys():
+            reason = "does not go with the tasks image, last, ends, keyframe and window"
         elif self.train.compile:
             reason = "does not go with train.compile, which compiles anew for each length of a row"
         if reason:

@@ -145,6 +145,44 @@ class LoRAConfig(Section):
     )
 
 
+class TasksConfig(Section):
+    """What of a clip is given to the network, clean, and the rest asked for: drawn for each sample,
+    as often as these numbers relate to each other. Given frames have no loss.
+    """
+
+    text: NonNegativeFloat = 1.0  # nothing: text to video
+    image: NonNegativeFloat = 0.0  # nothing, of a clip's first frame alone: text to image
+    first: NonNegativeFloat = 0.0  # the first frame
+    last: NonNegativeFloat = 0.0  # a picture of the last frame
+    ends: NonNegativeFloat = 0.0  # both
+    keyframe: NonNegativeFloat = 0.0  # a picture of some frame
+    leading: NonNegativeFloat = 0.0  # the first few latent frames
+    trailing: NonNegativeFloat = 0.0  # the last few
+    sides: NonNegativeFloat = 0.0  # the first few and the last few
+    random: NonNegativeFloat = 0.0  # any of them
+    independent: NonNegativeFloat = 0.0  # none, each with a noise level of its own
+    window: NonNegativeFloat = 0.0  # the first few of a clip that has begun before
+    # Of half of what is given, the most noise that it carries (as t), which the network is told:
+    # against drift, where generated frames are given in turn.
+    noise: Share = 0.0
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the tasks that occur."""
+        return {k: v for k, v in self.model_dump(exclude={"noise"}).items() if v}
+
+    @property
+    def only_text(self) -> bool:
+        """Whether nothing is ever given."""
+        return set(self.weights) == {"text"}
+
+    @model_validator(mode="after")
+    def _some_task(self) -> TasksConfig:
+        if not self.weights:
+            raise ValueError("all tasks are 0; give at least one, such as text: 1")
+        return self
+
+
 class DiTRecipeConfig(Section):
     """A diffusion transformer on the latents of a trained VAE.
 
@@ -160,6 +198,7 @@ class DiTRecipeConfig(Section):
     dit: DiTSection | None = Field(None, validate_default=True)
     text: TextSection | None = Field(None, validate_default=True)
     objective: FlowMatching | DDPM | None = Field(None, discriminator="kind", validate_default=True)
+    tasks: TasksConfig = TasksConfig()  # what of a clip is given
     caption_dropout: Share = 0.1  # of samples that train on the empty caption, for guidance
     latent_cache: Path | None = None  # made when missing; else the VAE encodes every batch. Needs
     # data.random_start=false, as it holds each row's start only

@@ -136,6 +136,8 @@ def latents(
     cut as a run's `data` section says, or at their start to the model's size.
     """
     from train.build_cache import build_cache, data_section
+    from train.config_recipes import DiTRecipeConfig
+    from train.stills import num_stills
 
     if dtype not in ("float16", "float32"):
         raise ValueError(f"--dtype {dtype}: expected float16 or float32")
@@ -146,7 +148,9 @@ def latents(
     if run is None and overrides:
         raise ValueError(f"{overrides[0]}: overrides are of a --config; give that too")
     data = data_section(manifest, model, workers, given, None if run is None else run.data)
-    said = build_cache(out, data, model, dtype, text, device, retry)
+    recipe = None if run is None else run.recipe
+    stills = num_stills(recipe.tasks) if isinstance(recipe, DiTRecipeConfig) else 0
+    said = build_cache(out, data, model, dtype, text, device, retry, stills)
     if said:
         typer.echo(said)
 

@@ -1,4 +1,5 @@
-"""The DiT's validation: held-out clips at every noise level, with their captions and with others'."""
+"""The DiT's validation: held-out clips at every noise level, with their captions and with others', and
+task by task."""
 
 from __future__ import annotations
 
@@ -9,22 +10,29 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dit.conditions import BesideFrames
 from train.clips import read_rows, rows_of_one_size
+from train.config_recipes import TasksConfig
 from train.recipe import counted_noise
+from train.stills import cut_stills, num_stills
+from train.tasks import draw_given, family_of, mean_asked, still_positions
 from train.watchdog import beat
 
 if TYPE_CHECKING:
     from train.recipe_dit import DiTRecipe
 
 NUM_T_BINS = 10
+TASK_LEVELS = (0.25, 0.5, 0.75, 0.95)  # of the range of t
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Manifest rows with their latents (n c f h w), and token ids (n m) of two captions each."""
+    """Manifest rows with their latents (n c f h w), of their stills (n c k h w), and token ids
+    (n m) of two captions each."""
 
     rows: list[int]
     latents: Tensor
+    stills: Tensor
     ids: Tensor
     shuffled_ids: Tensor
 
@@ -33,7 +41,8 @@ class ValidationSet:
         for first in range(0, len(self.rows), size):
             cut = slice(first, first + size)
             yield ValidationSet(
-                self.rows[cut], self.latents[cut], self.ids[cut], self.shuffled_ids[cut]
+                *(self.rows[cut], self.latents[cut], self.stills[cut]),
+                *(self.ids[cut], self.shuffled_ids[cut]),
             )
 
 
@@ -45,13 +54,24 @@ def read_validation(recipe: DiTRecipe) -> ValidationSet:
     others = dict(zip(fitting, [*fitting[half:], *fitting[:half]]))
     share = fitting[ranks.rank :: ranks.world_size]
     rows, video = read_rows(manifest, share, data, recipe.quarantine)
-    pieces = video.split(recipe.chunk)
-    parts = [recipe.encode(piece.to(ranks.device)) for piece in pieces if len(piece)]
-    latents = torch.cat([torch.empty(0, *recipe.latent_shape, device=ranks.device), *parts])
+    latents = _encoded(recipe, video, recipe.latent_shape)
+    c, _, *size = recipe.latent_shape
+    count = num_stills(recipe.options.tasks)
+    stills = [
+        _encoded(recipe, still, (c, 1, *size)) for still in cut_stills(video, rows, count)
+    ] or [latents[:, :, :0]]
     right = [manifest.rows[row].captions[0] for row in rows]
     wrong = [manifest.rows[others[row]].captions[0] for row in rows]
     ids, shuffled_ids = (recipe.tokenize(texts).to(ranks.device) for texts in (right, wrong))
-    return ValidationSet(rows, latents, ids, shuffled_ids)
+    return ValidationSet(rows, latents, torch.cat(stills, dim=2), ids, shuffled_ids)
+
+
+def _encoded(recipe: DiTRecipe, video: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Latents (n, *shape) of video, a few clips at a time."""
+    device = recipe.ranks.device
+    pieces = [piece for piece in video.split(recipe.chunk) if len(piece)]
+    parts = [recipe.encode(piece.to(device)) for piece in pieces]
+    return torch.cat([torch.empty(0, *shape, device=device), *parts])
 
 
 @torch.no_grad()
@@ -85,3 +105,45 @@ def validate(recipe: DiTRecipe, clips: ValidationSet) -> dict[str, float]:
         for k, level in enumerate(levels):
             figures[f"val/{name}/t={level:.2f}"] = means[k, column].item()
     return figures
+
+
+@torch.no_grad()
+def validate_tasks(recipe: DiTRecipe, clips: ValidationSet) -> dict[str, float]:
+    """The loss on what each task of the config asks for, at the same noise levels for all of them."""
+    tasks = [] if recipe.options.tasks.only_text else list(recipe.options.tasks.weights)
+    device, (low, high) = recipe.ranks.device, recipe.t_range
+    levels = [low + (high - low) * share for share in TASK_LEVELS]
+    sums = torch.zeros(len(tasks), 2, dtype=torch.float64, device=device)
+    for number, task in enumerate(tasks):
+        for part in clips.parts(recipe.chunk):
+            for k in range(len(levels)):
+                beat()
+                # Of independent frames, each is at another one of the levels.
+                step = int(task == "independent")
+                own = [levels[(k + step * i) % len(levels)] for i in range(part.latents.shape[2])]
+                losses = _task_losses(recipe, part, task, torch.tensor(own, device=device))
+                sums[number, 0] += losses.sum()
+                sums[number, 1] += len(losses)
+    total = recipe.ranks.sum(sums).cpu()
+    return {f"val/task/{task}": (x / n).item() for task, (x, n) in zip(tasks, total)}
+
+
+def _task_losses(recipe: DiTRecipe, part: ValidationSet, task: str, levels: Tensor) -> Tensor:
+    """Loss per clip, (n,), where what a task asks for is at the noise levels (f,)."""
+    device, objective = recipe.ranks.device, recipe.objective
+    alone = TasksConfig(**{"text": 0.0, task: 1.0})
+    num_frames = part.latents.shape[2]
+    given = draw_given(alone, 0, part.rows, num_frames, family_of(task))
+    x_0 = part.latents[:, :, slice(*given.frames)]
+    noise = counted_noise(0, f"validation-{task}", part.rows, tuple(x_0.shape[1:]), device)
+    asked = given.levels.isnan().to(device)
+    t = torch.where(asked, levels[: asked.shape[1]], given.levels.to(device))
+    beside = None
+    if given.still is not None:
+        which, factor = given.still.tolist(), recipe.vae.temporal_factor
+        positions = still_positions(part.rows, which, num_frames, factor).to(device)
+        latents = part.stills[torch.arange(len(which)), :, which, None]
+        beside = BesideFrames(latents, torch.zeros_like(positions), positions)
+    x_t, told = objective.add_noise(x_0, noise, t), objective.network_t(t)
+    pred = recipe.dit(x_t, told, *recipe.text(part.ids), beside=beside)
+    return mean_asked(objective.loss(pred, x_0, noise, t), asked)

@@ -27,6 +27,7 @@ from sample.processes import Ranks
 from train.cache_folder import CHECKSUMS, CacheFolder, checksum, hash_weights, open_shard
 from train.clips import GivenRows
 from train.config_data import DataConfig
+from train.stills import cut_stills
 from train.stopping import STOPS
 from train.watchdog import beat
 
@@ -52,6 +53,8 @@ class LatentCache(CacheFolder):
         manifest, data: the clips; each row has one size, and its clip is at the row's start.
         dtype: float16 or float32, of what is stored.
         quarantine: files that are not to be touched, and why; what costs a worker is added.
+        stills: single frames of each clip that are encoded by themselves, as pictures are; their
+            latents lie behind the clip's. See train/tasks.py.
     Raises:
         ValueError: rows may have several sizes.
     """
@@ -63,8 +66,10 @@ class LatentCache(CacheFolder):
         data: DataConfig,
         dtype: str,
         quarantine: dict[str, str] | None = None,
+        stills: int = 0,
     ) -> None:
         super().__init__(folder, "latent cache")
+        self.stills = stills
         self.manifest, self.data, self.dtype = manifest, data, dtype
         self._quarantine = {} if quarantine is None else quarantine
         self.of_row = row_sizes(manifest, data)  # index in data.sizes, -1 for rows not in training
@@ -90,7 +95,8 @@ class LatentCache(CacheFolder):
         return {
             "list of clips": self._hash_clips(),
             "version of the media files": self._hash_files(),
-            "transform": f"{sizes} at {data.fps:g} fps",
+            "transform": f"{sizes} at {data.fps:g} fps"
+            + (f", {self.stills} still(s)" if self.stills else ""),
             "VAE": hash_weights(vae),
             "dtype": self.dtype,
         }
@@ -142,8 +148,9 @@ class LatentCache(CacheFolder):
     @torch.no_grad()
     def _make(self, index: int, vae: VAE, device: torch.device, bar: tqdm[Any]) -> None:
         shard, dtype = self.shards[index], _DTYPES[self.dtype]
-        shape = vae.latent_shape(*shard.size)
-        means, stds = (torch.zeros(len(shard.rows), *shape, dtype=dtype) for _ in range(2))
+        c, f, h, w = vae.latent_shape(*shard.size)
+        shape = (len(shard.rows), c, f + self.stills, h, w)
+        means, stds = (torch.zeros(shape, dtype=dtype) for _ in range(2))
         sums = torch.zeros(len(shard.rows), dtype=torch.int64)
         bad: dict[str, str] = {}
         batch = max(1, min(_BATCH, MAX_BATCH_CELLS // int(np.prod(shard.size))))
@@ -161,9 +168,14 @@ class LatentCache(CacheFolder):
             beat()
             bad.update({str(shard.rows[place]): reason for place, reason in items["unread"]})
             if items["places"]:
+                video = items["video"].to(device)
                 with torch.autocast(device.type, enabled=False):
-                    posterior = vae.encode(to_float(items["video"].to(device)))
-                mean, std = (x.to(dtype).cpu() for x in (posterior.mean, posterior.std))
+                    parts = [vae.encode(to_float(video))]
+                    rows = shard.rows[items["places"]].tolist()
+                    for still in cut_stills(video, rows, self.stills):
+                        parts.append(vae.encode(to_float(still)))
+                mean = torch.cat([part.mean for part in parts], dim=2).to(dtype).cpu()
+                std = torch.cat([part.std for part in parts], dim=2).to(dtype).cpu()
                 for k, place in enumerate(items["places"]):
                     means[place], stds[place] = mean[k], std[k]
                     sums[place] = checksum(mean[k], std[k])

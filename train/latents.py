@@ -15,6 +15,7 @@ from data.dataset import ClipDataset, ClipRequest, described, flatten, read_samp
 from data.video_file import VideoReadError
 from train.clips import TrainingClips
 from train.latent_cache import LatentCache, read_posterior
+from train.stills import num_stills
 from train.text_cache import TextCache
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def cached_latents(recipe: DiTRecipe) -> CachedLatents:
     assert options.latent_cache is not None
     manifest = recipe.data.train
     cache = LatentCache(
-        *(options.latent_cache, manifest, data, options.cache_dtype, recipe.quarantine)
+        *(options.latent_cache, manifest, data, options.cache_dtype, recipe.quarantine),
+        stills=num_stills(options.tasks),
     )
     recipe.vae.to(ranks.device)
     cache.build(recipe.vae, ranks)

@@ -16,6 +16,7 @@ from torch import Tensor
 from data.buckets import Size
 from data.dataset import flatten
 from train.recipe import Batch, counted_noise
+from train.tasks import given_levels, mean_asked
 
 if TYPE_CHECKING:
     from train.recipe_dit import DiTRecipe
@@ -40,7 +41,15 @@ def packed_batch(recipe: DiTRecipe, items: dict[str, Any], uniform: Tensor) -> B
         )
         for purpose in ("noise", "posterior")
     )
-    batch = {"t": torch.cat(t).to(device), "sizes": items["sizes"], "noise": noise}
+    batch = {"sizes": items["sizes"], "noise": noise}
+    if recipe.options.tasks.only_text:
+        batch["t"] = torch.cat(t).to(device)
+    else:
+        given = [
+            given_levels(recipe, [g], recipe.vae.latent_shape(*size), level)
+            for g, size, level in zip(items["g"], sizes, t)
+        ]
+        batch["t"], batch["asked"] = (torch.cat(x, dim=1)[0].to(device) for x in zip(*given))
     return batch | recipe.latents_of(items, posterior_noise)
 
 
@@ -48,21 +57,27 @@ def packed_losses(recipe: DiTRecipe, batch: Batch) -> Tensor:
     """Loss per clip, (b,): what each would have by itself."""
     sizes, objective = _sizes(batch["sizes"]), recipe.objective
     shapes = [recipe.vae.latent_shape(*size) for size in sizes]
-    noises, levels = unflatten(batch["noise"], shapes), batch["t"].split(1)
+    noises, asked = unflatten(batch["noise"], shapes), batch.get("asked")
+    lengths = [1 if asked is None else shape[1] for shape in shapes]  # noise levels of each clip
+    levels = batch["t"].split(lengths)
     clips = unflatten(batch["latents"], shapes) if "latents" in batch else _encode(recipe, batch)
     noisy = [
-        objective.add_noise(x_0[None], noise[None], t)[0]
+        objective.add_noise(x_0[None], noise[None], t.expand(1, x_0.shape[1]))[0]
         for x_0, noise, t in zip(clips, noises, levels)
     ]
     context, mask = recipe.text_states(batch)
     masks = [None] * len(sizes) if mask is None else mask
     contexts = list(zip(context, masks))
-    preds = recipe.dit.forward_packed(noisy, objective.network_t(batch["t"]), contexts)
+    told = [objective.network_t(t if asked is not None else t[0]) for t in levels]
+    preds = recipe.dit.forward_packed(noisy, told, contexts)
     losses = [
-        objective.loss(pred[None], x_0[None], noise[None], t).mean()
+        objective.loss(pred[None], x_0[None], noise[None], t.expand(1, x_0.shape[1]))
         for pred, x_0, noise, t in zip(preds, clips, noises, levels)
     ]
-    return torch.stack(losses)
+    if asked is None:
+        return torch.stack([loss.mean() for loss in losses])
+    masks = asked[None].split(lengths, dim=1)
+    return torch.cat([mean_asked(loss, mask) for loss, mask in zip(losses, masks)])
 
 
 def _encode(recipe: DiTRecipe, batch: Batch) -> list[Tensor]:

@@ -26,11 +26,13 @@ from sample.processes import Ranks
 from train.clips import TrainingClips
 from train.config import RunConfig
 from train.config_recipes import DiTRecipeConfig
-from train.dit_validation import ValidationSet, read_validation, validate
+from train.dit_validation import ValidationSet, read_validation, validate, validate_tasks
 from train.latents import cached_latents
 from train.lora import add_adapters, check_objective, export_lora
 from train.packed import packed_batch, packed_losses
 from train.recipe import Batch, Recipe, TrainData, counted_noise, counted_uniform
+from train.stills import num_stills
+from train.tasks import beside_frames, given_batch, mean_asked
 from train.text_checkpoint import load_text_weights
 
 _log = logging.getLogger(__name__)
@@ -174,7 +176,9 @@ class DiTRecipe(Recipe):
         return model
 
     def model_info(self, provenance: dict[str, Any]) -> ModelInfo:
-        info = super().model_info(provenance)
+        tasks = () if self.options.tasks.only_text else tuple(self.options.tasks.weights)
+        trained = {"tasks": tasks, "sizes": tuple(self.config.data.sizes)}
+        info = super().model_info(provenance).model_copy(update=trained)
         if self.options.init is None:
             return info
         origin = {**self._start.info.provenance, **provenance, "init": str(self.options.init)}
@@ -258,21 +262,24 @@ class DiTRecipe(Recipe):
         if "sizes" in items:
             return batch | packed_batch(self, items, uniform)
         if "mean" in items:
-            shape = tuple(items["mean"].shape[1:])
-            tokens = prod(s // p for s, p in zip(shape[1:], self.dit.config.patch_size))
+            c, f, h, w = items["mean"].shape[1:]
+            shape = (c, f - num_stills(self.options.tasks), h, w)
         else:
-            size = tuple(items["video"].shape[2:])
-            shape, tokens = self.vae.latent_shape(*size), self.num_tokens(size)
-        batch["t"] = self.sample_t(uniform, tokens).to(device)
+            shape = self.vae.latent_shape(*items["video"].shape[2:])
         batch["noise"] = counted_noise(seed, "noise", g, shape, device)
         posterior_noise = counted_noise(seed, "posterior", g, shape, device)
-        return batch | self.latents_of(items, posterior_noise)
+        batch |= self.latents_of(items, posterior_noise)
+        if self.options.tasks.only_text:
+            return batch | {"t": self.sample_t(uniform, self.tokens_of(shape)).to(device)}
+        return batch | given_batch(self, items, step, uniform, batch)
 
     def latents_of(self, items: dict[str, Any], posterior_noise: Tensor) -> Batch:
         """Latents drawn from cached posteriors, or the video that they are to be made of."""
         device = self.ranks.device
         if "mean" in items:
             mean, std = (items[key].to(device).float() for key in ("mean", "std"))
+            if posterior_noise.ndim == 5:  # behind the clip's frames are its stills
+                mean, std = (x[:, :, : posterior_noise.shape[2]] for x in (mean, std))
             return {"latents": torch.addcmul(mean, std, posterior_noise)}
         video = items["video"].to(device, non_blocking=True)
         return {"video": video, "posterior_noise": posterior_noise}
@@ -294,8 +301,11 @@ class DiTRecipe(Recipe):
         }
 
     def num_tokens(self, size: Size) -> int:
-        shape = self.vae.latent_shape(*size)[1:]
-        return prod(s // p for s, p in zip(shape, self.dit.config.patch_size))
+        return self.tokens_of(self.vae.latent_shape(*size))
+
+    def tokens_of(self, shape: Sequence[int]) -> int:
+        """Patches of latents (c f h w)."""
+        return prod(s // p for s, p in zip(shape[1:], self.dit.config.patch_size))
 
     @torch.no_grad()
     def encode(self, video: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -312,13 +322,16 @@ class DiTRecipe(Recipe):
         else:
             x_0 = self.encode(batch["video"], batch["posterior_noise"])
         noise, t = batch["noise"], batch["t"]
+        x_0 = x_0[:, :, -noise.shape[2] :]  # without the first frame, where a step leaves that out
         x_t = self.objective.add_noise(x_0, noise, t)
-        pred = self.dit(x_t, self.objective.network_t(t), *self.text_states(batch))
-        return self.objective.loss(pred, x_0, noise, t).mean(dim=1), {}
+        told, text = self.objective.network_t(t), self.text_states(batch)
+        pred = self.dit(x_t, told, *text, beside=beside_frames(self, batch))
+        losses = self.objective.loss(pred, x_0, noise, t)
+        return mean_asked(losses, batch["asked"]) if "asked" in batch else losses.mean(dim=1), {}
 
     def validate(self) -> dict[str, float]:
         self._validation = self._validation or read_validation(self)
-        return validate(self, self._validation)
+        return {**validate(self, self._validation), **validate_tasks(self, self._validation)}
 
     def _model(self, provenance: dict[str, Any]) -> Model:
         model = replace(self._start, info=self.model_info(provenance), objective=self.objective)

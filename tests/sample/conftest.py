@@ -74,3 +74,15 @@ def experts_folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "experts"
     save_model(path, model)
     return path
+
+
+@pytest.fixture(scope="session")
+def tasks_folder(tmp_path_factory):
+    """A model of 9 frames, 3 latent ones, that says it was given everything there is."""
+    model = make_model()
+    tasks = ("text", "image", "first", "last", "keyframe", "random", "sides", "window")
+    changes = {"num_frames": 9, "tasks": tasks, "sizes": ((9, 16, 16), (17, 16, 16))}
+    model.info = model.info.model_copy(update=changes)
+    path = tmp_path_factory.mktemp("models") / "tasks"
+    save_model(path, model)
+    return path

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sample.cli import read_image
+from sample.options import read_image
 from train.cli import main
 
 
@@ -210,7 +210,10 @@ def test_compiled_blocks_give_the_same_sample(zoetrope, latents, folder, monkeyp
         ),
         (["x", "--image", "none.png"], "--image none.png: no such file"),
         (["x", "--image", "empty.txt"], "--image empty.txt: not a picture that can be read"),
-        (["x", "--image", "grey.png"], "this model was not trained with given first frames"),
+        (
+            ["x", "--image", "grey.png"],
+            "a given first frame needs a model that was trained for it (recipe.tasks: one of first, ",
+        ),
         (["x", "--device", "gpu"], "device=gpu cannot be used"),
         (["x", "--num", "0"], "--num 0: use 1 or more"),
         (["x", "--batch-size", "0"], "--batch-size 0: use 1 or more"),

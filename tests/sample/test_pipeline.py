@@ -191,7 +191,10 @@ def test_a_held_first_frame_is_seen_clean(image_folder):
             {"negative": (torch.zeros(1, 3, 16), torch.ones(1, 2, dtype=torch.bool))},
             r"text mask has shape \(1, 2\); expected \(1, 3\)",
         ),
-        ({"image": torch.zeros(3, 16, 16)}, "not trained with given first frames"),
+        (
+            {"image": torch.zeros(3, 16, 16)},
+            "a given first frame needs a model that was trained for it",
+        ),
         ({"guidance_low": 2.0}, "guidance_low=2: this model has no low-noise expert"),
     ],
 )

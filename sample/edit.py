@@ -1,0 +1,81 @@
+"""Changing a given video by a text: SDEdit (Meng et al. 2022), of all of it or of a region."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sample.given import Given
+from sample.pipeline import TextToVideo
+
+_EDGE = 2  # pixels over which a region's border is blended
+
+
+def kept_latents(mask: Tensor, latent_shape: tuple[int, int, int, int]) -> Tensor:
+    """Which latents stay, (1 1 f h w): those none of whose pixels are to change.
+
+    Args:
+        mask: (f h w), True where the video is to change, in pixels.
+        latent_shape: (c f h w).
+    """
+    _, f, h, w = latent_shape
+    num_frames, height, width = mask.shape
+    factor = (num_frames - 1) // max(1, f - 1) if f > 1 else 1
+    changed = mask.float()[None, None]
+    first = changed[:, :, :1].expand(-1, -1, factor, -1, -1)  # the first fills a latent frame alone
+    changed = torch.cat([first[:, :, 1:], changed], dim=2)
+    changed = F.max_pool3d(changed, (factor, height // h, width // w))
+    return changed < 0.5
+
+
+def edit(
+    pipeline: TextToVideo,
+    prompt: str,
+    video: Tensor,
+    strength: float,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """A video (3 f h w) in [-1, 1] as the prompt has it.
+
+    Args:
+        video: (3 f h w) in [-1, 1].
+        strength: the noise level to start from, in (0, 1]: near 0 changes little, 1 everything.
+        mask: (f h w), True where it may change; elsewhere the result has the video's own pixels.
+        options: as `TextToVideo.__call__`.
+    Raises:
+        ValueError: a strength outside its range, a mask of another size, or one that is empty.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength={strength:g}; use a number above 0, at most 1")
+    _, frames, height, width = video.shape
+    shape = pipeline.latent_shape(frames, height, width)
+    kept = None
+    if mask is not None:
+        if mask.shape != video.shape[1:]:
+            raise ValueError(
+                f"the mask has shape {tuple(mask.shape)}; expected ({frames} {height} {width})"
+            )
+        if not mask.any():
+            raise ValueError("the mask is black everywhere, so nothing would change; white changes")
+        kept = kept_latents(mask, shape).to(pipeline.device)
+    with torch.no_grad():
+        source = pipeline.vae.encode(video[None].to(pipeline.device)).mean
+    given = Given(source=source, strength=strength, kept=kept)
+    size = {"frames": frames, "height": height, "width": width}
+    made = pipeline([prompt], given=given, **{**options, **size})[0]
+    if mask is None:
+        return made
+    share = _feathered(mask)
+    return share * made + (1 - share) * video
+
+
+def _feathered(mask: Tensor) -> Tensor:
+    """1 inside the mask, falling towards its border, 0 outside, (f h w)."""
+    size = 2 * _EDGE + 1
+    outside = F.pad((~mask).float()[:, None], (_EDGE,) * 4, mode="replicate")
+    near = F.avg_pool2d(outside, size, stride=1)[:, 0]
+    return torch.where(mask, (1 - near).clamp(0, 1), 0.0)

@@ -1,0 +1,182 @@
+"""Longer videos from given ones: forwards, backwards, from one into another, round in a loop.
+
+What is given goes through the VAE once, as the known latent frames of the clip that is generated, and
+comes out as its own frames. What the VAE makes of them is compared with what they are, so that colours
+do not jump where the new part begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sample.given import Given, joined, known_frames, require_task
+from sample.pipeline import TextToVideo
+
+Sample = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Window:
+    """How much of a given video is shown, and how much is made, in latent frames."""
+
+    given: int
+    new: int
+
+
+def window_of(pipeline: TextToVideo, frames: int, given: int | None, sides: int = 1) -> Window:
+    """The latent frames of a clip of `frames`: those given on each of its sides, and the new ones.
+
+    Args:
+        given: on each side; None: half of the clip.
+    Raises:
+        ValueError: nothing would be new, or nothing given.
+    """
+    info = pipeline.info
+    total = pipeline.latent_shape(frames, info.height, info.width)[1]
+    shown = max(1, total // (2 * sides)) if given is None else given
+    if shown < 1 or total - sides * shown < 1:
+        raise ValueError(
+            f"context={shown} of a clip of {total} latent frames; use 1 to {(total - 1) // sides}"
+        )
+    return Window(shown, total - sides * shown)
+
+
+def leading_frames(pipeline: TextToVideo, video: Tensor, window: Window) -> Tensor:
+    """Latents (1 c k h w) of the end of a video (3 f h w), to begin a clip with.
+
+    Raises:
+        ValueError: the video is too short.
+    """
+    factor = pipeline.vae.temporal_factor
+    needed = 1 + (window.given - 1) * factor
+    _check_length(video, needed)
+    return _encode(pipeline, video[:, video.shape[1] - needed :])
+
+
+def trailing_frames(pipeline: TextToVideo, video: Tensor, window: Window) -> Tensor:
+    """Latents (1 c k h w) of the beginning of a video (3 f h w), to end a clip with.
+
+    A clip's first latent frame is of one frame, and its others of several; so the video's first frame
+    only shows the VAE what was before, and belongs to what is made.
+
+    Raises:
+        ValueError: the video is too short.
+    """
+    needed = 1 + window.given * pipeline.vae.temporal_factor
+    _check_length(video, needed)
+    return _encode(pipeline, video[:, :needed])[:, :, 1:]
+
+
+def _encode(pipeline: TextToVideo, video: Tensor) -> Tensor:
+    with torch.no_grad():
+        return pipeline.vae.encode(video[None].to(pipeline.device)).mean
+
+
+def _check_length(video: Tensor, needed: int) -> None:
+    if video.shape[1] < needed:
+        raise ValueError(
+            f"the given video has {video.shape[1]} frames, and {needed} are needed; give a longer one, "
+            "or a smaller context"
+        )
+
+
+def _offset(made: Tensor, true: Tensor) -> Tensor:
+    """What to add to the colours of a decoded part, (3 1 1 1), that it shows as (3 f h w) and that is
+    known to be `true`."""
+    return (true.to(made) - made).mean(dim=(1, 2, 3), keepdim=True)
+
+
+def extend_forward(
+    pipeline: TextToVideo, prompt: str, video: Tensor, window: Window, **options: Any
+) -> Tensor:
+    """The frames that follow a video, (3 f h w) in [-1, 1]: as many as the window has new ones.
+
+    Args:
+        video: (3 f h w) in [-1, 1], at the model's rate and of the size to make.
+        options: as `TextToVideo.__call__`.
+    Raises:
+        ValueError: the model was not trained for that, or the video is too short.
+    """
+    require_task(pipeline.info, "leading", "extending a video")
+    known = leading_frames(pipeline, video, window)
+    made = _sample(pipeline, prompt, video, window.given + window.new, known, None, options)
+    shown = 1 + (window.given - 1) * pipeline.vae.temporal_factor
+    return _matched(made[:, shown:], _offset(made[:, :shown], video[:, -shown:]))
+
+
+def extend_backward(
+    pipeline: TextToVideo, prompt: str, video: Tensor, window: Window, **options: Any
+) -> Tensor:
+    """The frames that come before a video: as `extend_forward`."""
+    require_task(pipeline.info, "trailing", "extending a video backwards")
+    known = trailing_frames(pipeline, video, window)
+    made = _sample(pipeline, prompt, video, window.given + window.new, None, known, options)
+    shown = window.given * pipeline.vae.temporal_factor
+    offset = _offset(made[:, -shown:], video[:, 1 : 1 + shown])
+    return _matched(made[:, : -shown - 1], offset)
+
+
+def connect(
+    pipeline: TextToVideo,
+    prompt: str,
+    first: Tensor,
+    second: Tensor,
+    window: Window,
+    **options: Any,
+) -> Tensor:
+    """The frames that lead from the end of one video to the beginning of another.
+
+    Args:
+        first, second: (3 f h w) in [-1, 1], of one size.
+        window: what is given of each.
+    Raises:
+        ValueError: the model was not trained for that, or a video is too short.
+    """
+    require_task(pipeline.info, "sides", "connecting videos")
+    begin = leading_frames(pipeline, first, window)
+    end = trailing_frames(pipeline, second, window)
+    length = 2 * window.given + window.new
+    made = _sample(pipeline, prompt, first, length, begin, end, options)
+    factor = pipeline.vae.temporal_factor
+    head, tail = 1 + (window.given - 1) * factor, window.given * factor
+    begins = _offset(made[:, :head], first[:, -head:])
+    ends = _offset(made[:, -tail:], second[:, 1 : 1 + tail])
+    new = made[:, head : made.shape[1] - tail - 1]
+    share = torch.linspace(0, 1, new.shape[1] + 2, device=new.device)[1:-1].view(1, -1, 1, 1)
+    return _matched(new, begins + share * (ends - begins))
+
+
+def _sample(
+    pipeline: TextToVideo,
+    prompt: str,
+    like: Tensor,
+    length: int,
+    begin: Tensor | None,
+    end: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """A clip (3 f h w) of `length` latent frames, of which the first and the last are known."""
+    given = Given()
+    if begin is not None:
+        given = joined(given, known_frames(begin, length, slice(0, begin.shape[2])))
+    if end is not None:
+        given = joined(given, known_frames(end, length, slice(length - end.shape[2], length)))
+    frames = 1 + (length - 1) * pipeline.vae.temporal_factor
+    size = {"frames": frames, "height": like.shape[2], "width": like.shape[3]}
+    return pipeline([prompt], given=given, **{**options, **size})[0]
+
+
+def _matched(video: Tensor, offset: Tensor) -> Tensor:
+    return (video + offset.to(video)).clamp(-1, 1)
+
+
+def loop(
+    pipeline: TextToVideo, prompt: str, video: Tensor, window: Window, **options: Any
+) -> Tensor:
+    """The frames that lead from a video's end to its own beginning, so that it can be repeated."""
+    return connect(pipeline, prompt, video, video, window, **options)

@@ -1,0 +1,266 @@
+"""What `zoetrope sample` is given, read and checked: prompts, files to write, pictures and videos."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit.guidance import GuidanceConfig
+    from sample.model import ModelInfo
+    from sample.pipeline import TextToVideo
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; blank lines and lines that start with # are left out.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, not text, or no prompt in it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; --prompts takes a text file, a prompt a line"
+        )
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text; expected a prompt a line") from error
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"{path}: no prompt in it; expected a prompt a line")
+    return prompts
+
+
+def output_paths(
+    output: Path | None, count: int, gif: bool = False, picture: bool = False
+) -> list[Path]:
+    """out.mp4 for one video; out-000.mp4, out-001.mp4, ... for several; .png for pictures.
+
+    Raises:
+        ValueError: the name does not end so, or what is to be written, a .gif beside each video
+            too where asked for, stands there as a folder or cannot be.
+    """
+    suffix, what = (".png", "single frames") if picture else (".mp4", "videos")
+    if output is None:
+        output = Path("out").with_suffix(suffix)
+    if not output.name:
+        raise ValueError(f"-o: no file name given; expected a {suffix}, such as out{suffix}")
+    if output.suffix != suffix:
+        raise ValueError(
+            f"-o {output}: {what} are written as {suffix}; use {output.with_suffix(suffix)}"
+        )
+    paths = [output]
+    if count > 1:
+        paths = [output.with_name(f"{output.stem}-{i:03d}{suffix}") for i in range(count)]
+    check_files("-o", [output, *paths])
+    if gif:
+        check_files("--gif", [path.with_suffix(".gif") for path in paths])
+    return paths
+
+
+def check_files(flag: str, paths: Sequence[Path]) -> None:
+    """Refuses files that are folders, and files of one folder that cannot be made or written to."""
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{flag} {path}: is a folder; give a file name")
+    folder = paths[0].parent
+    above = next(each for each in (folder, *folder.parents) if each.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "is a folder that you may not write to" if above.is_dir() else "is not a folder"
+        raise ValueError(f"{flag} {paths[0]}: {above} {what}; give another place")
+
+
+def write_gif(path: Path, frames, fps: float) -> None:  # noqa: ANN001 (numpy, imported lazily)
+    """frames uint8 (f h w 3) as an endless GIF, written aside and renamed."""
+    from PIL import Image
+
+    pictures = [Image.fromarray(frame) for frame in frames]
+    aside = path.with_name(f".{path.name}.partial")
+    options = {"append_images": pictures[1:], "duration": round(1000 / fps), "loop": 0}
+    try:
+        pictures[0].save(aside, format="GIF", save_all=True, **options)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_png(path: Path, frame) -> None:  # noqa: ANN001 (numpy, imported lazily)
+    """frame uint8 (h w 3), written aside and renamed."""
+    from PIL import Image
+
+    from data.files import replacing
+
+    with replacing(path) as partial:
+        Image.fromarray(frame).save(partial, format="PNG")
+
+
+def outside_trained(info: ModelInfo, frames: int, height: int, width: int) -> str:
+    """What to say of a size that the model was not trained on; nothing of others."""
+    sizes = info.sizes or ((info.num_frames, info.height, info.width),)
+    lengths, pixels, aspects = zip(*((f, h * w, w / h) for f, h, w in sizes))
+    low, high = 1 if "image" in info.tasks else min(lengths), max(lengths)
+    outside = []
+    if not low <= frames <= high:
+        outside.append(f"{frames} frames (trained on {low} to {high})")
+    if not 0.9 * min(pixels) <= height * width <= 1.1 * max(pixels):
+        span = f"{min(pixels)} to {max(pixels)}"
+        outside.append(f"{height}x{width} = {height * width} pixels (trained on {span})")
+    if not 0.9 * min(aspects) <= width / height <= 1.1 * max(aspects):
+        span = f"{min(aspects):.2f} to {max(aspects):.2f}"
+        outside.append(f"width / height = {width / height:.2f} (trained on {span})")
+    return (
+        f"warning: outside what the model was trained on: {'; '.join(outside)}" if outside else ""
+    )
+
+
+def read_image(path: Path, height: int, width: int, flag: str = "--image") -> Tensor:
+    """A picture as a frame (3 h w) in [-1, 1]: scaled to cover the size, cut at the middle, which is
+    said where it loses much.
+
+    Of 8 or 16 bits a value; what is transparent shows white paper behind it.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not a picture, or one of more bits.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    from data.images import eight_bits
+    from data.video import to_float
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{flag} {path}: no such file")
+    try:
+        with Image.open(path) as opened:
+            ImageOps.exif_transpose(opened, in_place=True)
+            picture = eight_bits(opened)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{flag} {path}: too large; make it smaller ({error})") from error
+    except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # PIL's, by format
+        raise ValueError(f"{flag} {path}: not a picture that can be read ({error})") from error
+    scale = max(height / picture.height, width / picture.width)
+    lost = 1 - height * width / (scale * scale * picture.height * picture.width)
+    if lost > 0.05:
+        print(
+            f"warning: {flag} {path} is {picture.height}x{picture.width}, of another aspect than "
+            f"{height}x{width}: {lost:.0%} of it is cut off",
+            file=sys.stderr,
+        )
+    picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    return to_float(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+
+
+def read_keyframes(
+    last: Path | None,
+    keyframes: Sequence[str],
+    frames: int,
+    height: int,
+    width: int,
+    fps: float,
+) -> dict[int, Tensor]:
+    """Pictures by frame: of --last, and of --keyframe SECONDS:PATH.
+
+    Raises:
+        FileNotFoundError, ValueError: a time that is none or not in the clip, two pictures for one
+            frame, or what `read_image` refuses.
+    """
+    found: dict[int, Tensor] = {}
+    for text in keyframes:
+        time, colon, path = text.partition(":")
+        try:
+            frame = round(float(time) * fps)
+        except (ValueError, OverflowError):
+            colon, frame = "", 0
+        if not colon or not path:
+            raise ValueError(f"--keyframe {text}: expected SECONDS:PATH, such as 0.5:middle.png")
+        if not 0 <= frame < frames:
+            end = (frames - 1) / fps
+            raise ValueError(f"--keyframe {text}: the clip's frames are at 0 to {end:g} seconds")
+        if frame in found:
+            raise ValueError(f"--keyframe {text}: there is another picture for that frame")
+        found[frame] = read_image(Path(path), height, width, "--keyframe")
+    if last is not None:
+        if frames - 1 in found:
+            raise ValueError(f"--last {last}: a --keyframe is at the last frame too; leave one out")
+        found[frames - 1] = read_image(last, height, width, "--last")
+    return found
+
+
+def grid_of(kind: str | None) -> Any:
+    """The grid config of a name."""
+    from typing import get_args
+
+    from dit.grids import GridConfig
+
+    if kind is None:
+        return None
+    grids = {grid.model_fields["kind"].default: grid for grid in get_args(get_args(GridConfig)[0])}
+    if kind not in grids:
+        raise ValueError(f"--grid {kind}: use {', '.join(grids)}")
+    return grids[kind]()
+
+
+def dtype_of(name: str) -> Any:
+    import torch
+
+    if name not in ("bfloat16", "float32"):
+        raise ValueError(f"--dtype {name}: use bfloat16 or float32")
+    return getattr(torch, name)
+
+
+def guidance_of(
+    pipeline: TextToVideo,
+    scale: float | None,
+    low: float | None,
+    *,
+    negative: str,
+    steps: int | None,
+    **options: Any,
+) -> GuidanceConfig:
+    """What the flags say; the scale as the model has it by default.
+
+    Raises:
+        ValueError: a value that cannot be used, flags that would do nothing, or no step that moves.
+    """
+    from dit.guidance import GuidanceConfig
+
+    given = {name: value for name, value in options.items() if value not in (None, False)}
+    scale = pipeline.sampling.guidance if scale is None else scale
+    config = GuidanceConfig.checked(scale=scale, **given)
+    flags = ["--sequential" if name == "sequential" else f"--guidance-{name}" for name in given]
+    flags += ["--negative"] if negative else []
+    if flags and scale == 1 and low in (None, 1):
+        raise ValueError(f"guidance 1 is no guidance; leave out {flags[0]} or raise --guidance")
+    steps = pipeline.sampling.steps if steps is None else steps
+    if scale != 1 and config.zero_steps and steps <= config.zero_steps:
+        raise ValueError(
+            f"--steps {steps}: cfg_zero keeps the noise for the first {config.zero_steps}; use "
+            f"{config.zero_steps + 1} or more, or another --guidance-kind"
+        )
+    return config
+
+
+def check_prompts(
+    prompt: str | None, prompts: Path | None, num: int, batch_size: int | None, sheet: Path | None
+) -> list[str]:
+    """The prompts, as many times as asked; refuses flags that do not fit each other."""
+    if (prompt is None) == (prompts is None):
+        raise ValueError(
+            "give a prompt in quotes, or a file of them with --prompts (one of the two)"
+        )
+    if num < 1:
+        raise ValueError(f"--num {num}: use 1 or more")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size}: use 1 or more")
+    if sheet is not None and sheet.suffix != ".png":
+        raise ValueError(f"--sheet {sheet}: expected a .png")
+    if sheet is not None:
+        check_files("--sheet", [sheet])
+    texts = [prompt] if prompt is not None else read_prompts(prompts)  # type: ignore[arg-type]
+    return [text for text in texts for _ in range(num)]

@@ -1,0 +1,259 @@
+"""A minute and more: windows of frames, each of which begins with the last ones of the window before.
+
+Latents go on from window to window, so that nothing passes through the VAE twice; each window is
+written to disk when it is done, and the same call goes on where one was cut short. The video is decoded
+at the end, a window at a time, by a decoder that remembers the frames before: memory does not grow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data.files import replacing
+from data.randomness import stream_seed
+from data.video import to_uint8, write_video
+from data.video_write import write_chunks
+from sample.given import known_frames, require_task
+from sample.pipeline import TextToVideo
+
+NOISE_LEVEL = 0.0  # of the frames that a window is given
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which prompt holds from which second on; the first from 0."""
+
+    starts: tuple[float, ...]
+    prompts: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """From `0s: a red circle | 20s: a blue square`, or one prompt.
+
+        Raises:
+            ValueError: times do not rise from 0, or a prompt is empty.
+        """
+        parts = [part.strip() for part in text.split("|")]
+        if len(parts) == 1 and not _has_time(parts[0]):
+            return cls((0.0,), (parts[0],))
+        starts, prompts = [], []
+        for part in parts:
+            time, colon, prompt = part.partition("s:")
+            try:
+                starts.append(float(time))
+            except ValueError:
+                colon = ""
+            if not colon or not prompt.strip():
+                raise ValueError(
+                    f"prompt schedule: got {part!r}; expected seconds and a prompt, such as "
+                    "'0s: a red circle moving left | 20s: a blue square moving up'"
+                )
+            prompts.append(prompt.strip())
+        if starts[0] != 0 or any(b <= a for a, b in zip(starts, starts[1:])):
+            times = ", ".join(f"{start:g}s" for start in starts)
+            raise ValueError(f"prompt schedule: got times {times}; they have to rise from 0s")
+        return cls(tuple(starts), tuple(prompts))
+
+    def at(self, seconds: float) -> str:
+        """The prompt that holds then."""
+        return self.prompts[int(np.searchsorted(self.starts, seconds + 1e-9, side="right")) - 1]
+
+
+def _has_time(text: str) -> bool:
+    head, colon, _ = text.partition("s:")
+    try:
+        return bool(colon) and float(head) >= 0
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The windows of a long video, in latent frames.
+
+    Attributes:
+        first: that the first window makes; length: that every later window works on, of which it is
+            given the first `given`.
+        num_windows: in all.
+    """
+
+    first: int
+    length: int
+    given: int
+    num_windows: int
+
+    def begins(self, window: int) -> int:
+        """How many latent frames there are before a window's new ones."""
+        return 0 if window == 0 else self.first + (window - 1) * (self.length - self.given)
+
+
+def plan_windows(pipeline: TextToVideo, num_frames: int, given: int | None = None) -> Plan:
+    """Windows for a video of so many frames.
+
+    Args:
+        given: latent frames that each window is given; None: half of it.
+    Raises:
+        ValueError: the model was not trained for that, its VAE cannot decode in pieces, or a window
+            would have nothing given or nothing new.
+    """
+    require_task(pipeline.info, "window", "a video in windows")
+    pipeline.vae.new_stream()  # raises where the VAE has none
+    info, factor = pipeline.info, pipeline.vae.temporal_factor
+    first = pipeline.latent_shape(info.num_frames, info.height, info.width)[1]
+    length = first - 1
+    shown = max(1, length // 2) if given is None else given
+    if not 1 <= shown < length:
+        raise ValueError(
+            f"given={shown} of windows of {length} latent frames; use 1 to {length - 1}"
+            if length > 1
+            else f"clips of {info.num_frames} frames are too short for windows"
+        )
+    total = 1 + -(-(num_frames - 1) // factor)
+    more = max(0, total - first)
+    return Plan(first, length, shown, 1 + -(-more // (length - shown)))
+
+
+def roll(
+    pipeline: TextToVideo,
+    schedule: Schedule,
+    plan: Plan,
+    folder: Path,
+    *,
+    seed: int = 0,
+    noise_level: float = NOISE_LEVEL,
+    image: Tensor | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    **options: Any,
+) -> Iterator[int]:
+    """Makes the windows that a folder has not yet, one after the other; yields how many there are.
+
+    A window depends on its number, the seed and the window before alone.
+
+    Args:
+        folder: made when missing; for `decoded`.
+        noise_level: of the frames that a window is given, as t: against drift.
+        image: (3 h w) in [-1, 1], the first frame.
+        options: as `TextToVideo.__call__`.
+    Raises:
+        ValueError: the folder holds windows of something else, or a window is damaged.
+    """
+    if not 0 <= noise_level < 1:
+        raise ValueError(
+            f"noise level {noise_level:g} of given frames; use 0 to below 1, such as 0.05"
+        )
+    factor, fps = pipeline.vae.temporal_factor, pipeline.info.fps
+    size = {"height": height or pipeline.info.height, "width": width or pipeline.info.width}
+    model = hashlib.sha256(pipeline.info.model_dump_json().encode()).hexdigest()[:16]
+    claim = {"model": model, **vars(plan), **vars(schedule), "seed": seed, **size}
+    claim["noise_level"] = noise_level
+    _claim(folder, {**claim, "image": _hash(image), **{k: str(v) for k, v in options.items()}})
+    before = None
+    for window in range(plan.num_windows):
+        path = _window(folder, window)
+        if not path.exists():
+            prompt = schedule.at(max(0, plan.begins(window) * factor - factor + 1) / fps)
+            length = plan.first if window == 0 else plan.length
+            given = None
+            if before is not None:
+                held = before[:, :, before.shape[2] - plan.given :].to(pipeline.device)
+                given = known_frames(held, length, slice(0, plan.given), noise_level)
+            made = pipeline(
+                [prompt],
+                frames=1 + (length - 1) * factor,
+                seeds=[stream_seed(seed, "roll", window)],
+                given=given,
+                image=image if window == 0 else None,
+                output="latents",
+                **size,
+                **options,
+            )
+            new = made if window == 0 else made[:, :, plan.given :]
+            with replacing(path) as partial:
+                save_file({"latents": new.contiguous()}, partial)
+        # A window may be made of frames of several before it.
+        part = _read(path)
+        before = part if before is None else torch.cat([before, part], dim=2)
+        before = before[:, :, -plan.given :]
+        yield window + 1
+
+
+def decoded(
+    pipeline: TextToVideo, plan: Plan, folder: Path, num_frames: int
+) -> Iterator[np.ndarray]:
+    """The frames of the windows, uint8 (n h w 3), window by window."""
+    stream, left = pipeline.vae.new_stream(), num_frames
+    for window in range(plan.num_windows):
+        latents = _read(_window(folder, window)).to(pipeline.device)
+        with torch.no_grad():
+            video = pipeline.vae.decode(latents, stream)[0].clamp(-1, 1)
+        frames = to_uint8(video.cpu()).permute(1, 2, 3, 0).contiguous().numpy()[:left]
+        left -= len(frames)
+        if len(frames):
+            yield frames
+
+
+def write_rolled(
+    path: Path, pipeline: TextToVideo, plan: Plan, folder: Path, num_frames: int
+) -> None:
+    """The video of all windows; its folder is no more needed then, and removed."""
+    write_chunks(path, decoded(pipeline, plan, folder, num_frames), pipeline.info.fps)
+    shutil.rmtree(folder)
+
+
+def write_preview(path: Path, pipeline: TextToVideo, folder: Path, window: int) -> None:
+    """The new frames of the latest window, decoded by themselves, as a short video."""
+    with torch.no_grad():
+        video = pipeline.vae.decode(_read(_window(folder, window)).to(pipeline.device))[0]
+    write_video(path, to_uint8(video.clamp(-1, 1).cpu()), pipeline.info.fps)
+
+
+def _window(folder: Path, window: int) -> Path:
+    return folder / f"window-{window:05d}.safetensors"
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        return load_file(path)["latents"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{path}: damaged ({error}); remove it, and it is made anew") from None
+
+
+def _hash(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return ""
+    return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Notes down what windows are made with, or compares it with what was noted down.
+
+    Raises:
+        ValueError: they are of other settings; the first that differs is named.
+    """
+    path, wanted = folder / "roll.json", json.loads(json.dumps(settings))
+    if path.exists():
+        found = json.loads(path.read_text())
+        for key in sorted(wanted.keys() | found.keys()):
+            if wanted.get(key) != found.get(key):
+                raise ValueError(
+                    f"{folder} holds windows made with {key}={found.get(key)}, not {wanted.get(key)}; "
+                    "give the same, or remove the folder"
+                )
+        return
+    os.makedirs(folder, exist_ok=True)
+    with replacing(path) as partial:
+        Path(partial).write_text(json.dumps(wanted, indent=2))
