@@ -39,6 +39,11 @@ def window_of(pipeline: TextToVideo, frames: int, given: int | None, sides: int 
     info = pipeline.info
     total = pipeline.latent_shape(frames, info.height, info.width)[1]
     shown = max(1, total // (2 * sides)) if given is None else given
+    if total <= sides:
+        raise ValueError(
+            f"clips of {frames} frames, {total} latent ones, are too short to be given something on "
+            f"{sides} side(s); ask for longer ones with --frames"
+        )
     if shown < 1 or total - sides * shown < 1:
         raise ValueError(
             f"context={shown} of a clip of {total} latent frames; use 1 to {(total - 1) // sides}"
@@ -114,6 +119,11 @@ def extend_backward(
 ) -> Tensor:
     """The frames that come before a video: as `extend_forward`."""
     require_task(pipeline.info, "trailing", "extending a video backwards")
+    if window.new < 2:  # the first one is of one frame, and the video's own first frame is another
+        raise ValueError(
+            f"context={window.given} of a clip of {window.given + 1} latent frames leaves nothing to "
+            "make in front of the video; use a smaller one, or a longer clip"
+        )
     known = trailing_frames(pipeline, video, window)
     made = _sample(pipeline, prompt, video, window.given + window.new, None, known, options)
     shown = window.given * pipeline.vae.temporal_factor

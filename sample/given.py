@@ -39,10 +39,10 @@ def require_task(info: ModelInfo, way: str, what: str) -> None:
     """
     if way == "first" and info.image_to_video:
         return
-    tasks = TAUGHT_BY[way]
+    tasks: tuple[str, ...] = TAUGHT_BY[way]
     if not set(tasks) & set(info.tasks):
         known = ", ".join(info.tasks) or "text alone"
-        wanted = f"one of {', '.join(tasks)}" if len(tasks) > 1 else tasks[0]
+        wanted = ("one of " if len(tasks) > 1 else "") + ", ".join(tasks)
         raise ValueError(
             f"{what} needs a model that was trained for it (recipe.tasks: {wanted}), and this one was "
             f"trained with {known}"

@@ -1,0 +1,377 @@
+"""Animating, extending, connecting, looping, editing and rolling on, through the real commands."""
+
+import os
+import signal
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.video import to_float, to_uint8, write_video
+from sample.abilities import read_video
+from sample.edit import edit, kept_latents
+from sample.extend import Window, connect, extend_backward, extend_forward, loop, window_of
+from sample.pipeline import TextToVideo
+from sample.roll import Plan, Schedule, decoded, plan_windows, roll
+from train.cli import main
+
+
+@pytest.fixture
+def zoetrope(tmp_path, monkeypatch, capsys):
+    """`zoetrope sample MODEL ... --steps 2` in a folder with media; status, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name, frames in (("long", 14), ("other", 9), ("short", 2)):
+        colour = rng.integers(40, 200, 3)
+        clip = np.broadcast_to(colour, (frames, 16, 16, 3)).astype(np.uint8).copy()
+        for k in range(frames):
+            clip[k, 4:8, k % 12 : k % 12 + 4] = 255 - colour
+        write_video(tmp_path / f"{name}.mp4", clip, fps=8)
+    for name, size in (("a", (16, 16)), ("b", (16, 16)), ("wide", (48, 16))):
+        Image.new("RGB", size, tuple(map(int, rng.integers(0, 255, 3)))).save(f"{name}.png")
+    (tmp_path / "text.mp4").write_text("no video")
+    mask = np.zeros((14, 16, 16, 3), np.uint8)
+    mask[:, :, 8:] = 255
+    write_video(tmp_path / "mask.mp4", mask, fps=8)
+    Image.fromarray(mask[0]).save("mask.png")
+    Image.fromarray(0 * mask[0]).save("black.png")
+
+    def run(model, *arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main(["sample", str(model), "a circle", "--steps", "2", *map(str, arguments)])
+        return stopped.value.code, *capsys.readouterr()
+
+    return run
+
+
+def frames_of(path):
+    with av.open(str(path)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+@pytest.fixture(scope="module")
+def pipeline(tasks_folder):
+    return TextToVideo.from_folder(tasks_folder, "cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def videos():
+    generator = torch.Generator().manual_seed(3)
+    low = torch.rand(2, 3, 4, 4, 4, generator=generator)
+    return list(torch.nn.functional.interpolate(low, (14, 16, 16), mode="trilinear") * 1.4 - 0.7)
+
+
+QUICK = {"steps": 2, "seeds": [5]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "length"),
+    [
+        ("--image a.png", 9),
+        ("--last b.png", 9),
+        ("--image a.png --last b.png", 9),
+        ("--keyframe 0.5:a.png --keyframe 0.25:b.png --last a.png", 9),
+        ("--extend long.mp4 --seconds 1", 14 + 8),
+        ("--extend long.mp4 --seconds 0.5 --backward --given 1", 14 + 4),
+        ("--extend long.mp4 --seconds 0.25 --both --given 1", 14 + 4),
+        ("--connect long.mp4 other.mp4 --frames 13 --given 1", 14 + 7 + 9),
+        ("--loop --given 1", 9 + 3),
+        ("--image a.png --loop", 9 + 3),
+        ("--edit long.mp4 --strength 0.5", 13),
+        ("--edit other.mp4 --strength 0.9 --mask mask.mp4", 9),
+        ("--edit other.mp4 --mask mask.png", 9),
+        ("--minutes 0.05", 24),
+        ("--minutes 0.04 --image a.png --given 1 --noise-level 0.1", 19),
+    ],
+)
+def test_each_ability(zoetrope, tasks_folder, flags, length):
+    """Its length; the same again by the same seed, and another by another one."""
+    made = []
+    for seed in (1, 1, 2):
+        code, out, errors = zoetrope(tasks_folder, *flags.split(), "--seed", seed)
+        assert code == 0, errors
+        assert out == "out.mp4\n"
+        made.append(frames_of("out.mp4"))
+    assert made[0].shape == (length, 16, 16, 3)
+    assert np.array_equal(made[0], made[1])
+    assert not np.array_equal(made[0], made[2])
+
+
+def test_what_is_given_is_in_the_file(zoetrope, tasks_folder):
+    """Its own frames, but for what H.264 does to them."""
+    long, other = frames_of("long.mp4").astype(int), frames_of("other.mp4").astype(int)
+
+    def near(found, true):
+        assert np.abs(found - true).mean() < 3
+
+    assert zoetrope(tasks_folder, "--extend", "long.mp4", "--both", "--seconds", 0.5)[0] == 0
+    near(frames_of("out.mp4")[4:18], long)
+    assert zoetrope(tasks_folder, "--connect", "long.mp4", "other.mp4", "--frames", 13)[0] == 0
+    near(frames_of("out.mp4")[:14], long)
+    near(frames_of("out.mp4")[-9:], other)
+    assert zoetrope(tasks_folder, "--edit", "other.mp4", "--mask", "mask.png")[0] == 0
+    near(frames_of("out.mp4")[:, :, :7], other[:, :, :7])
+    assert np.abs(frames_of("out.mp4")[:, :, 11:] - other[:, :, 11:]).mean() > 5
+
+
+def test_one_frame_is_a_picture(zoetrope, tasks_folder):
+    code, out, errors = zoetrope(tasks_folder, "--frames", 1, "--num", 2)
+    assert (code, out) == (0, "out-000.png\nout-001.png\n"), errors
+    assert Image.open("out-000.png").size == (16, 16)
+    assert "warning" not in errors
+    code, _, errors = zoetrope(tasks_folder, "--frames", 1, "-o", "x.mp4")
+    assert code != 0
+    assert "single frames are written as .png; use x.png" in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--frames 33", "33 frames (trained on 1 to 17)"),
+        ("--size 32", "32x32 = 1024 pixels (trained on 256 to 256)"),
+        ("--size 16x24", "width / height = 1.50 (trained on 1.00 to 1.00)"),
+        ("--image wide.png", "--image wide.png is 16x48, of another aspect than 16x16: 67%"),
+        ("--edit long.mp4", "the VAE takes 4*k+1 frames, so the last 1 of 14 are left out"),
+    ],
+)
+def test_what_is_done_all_the_same_is_said(zoetrope, tasks_folder, flags, said):
+    code, _, errors = zoetrope(tasks_folder, *flags.split())
+    assert code == 0, errors
+    assert said in errors
+    assert "warning" not in zoetrope(tasks_folder, "--frames", 17)[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--extend short.mp4 --given 2", "the given video has 2 frames, and 5 are needed"),
+        ("--extend none.mp4", "--extend none.mp4: no such file"),
+        ("--extend text.mp4", "--extend text.mp4: "),
+        ("--connect long.mp4 short.mp4", "the given video has 2 frames"),
+        ("--extend long.mp4 --given 3", "context=3 of a clip of 3 latent frames; use 1 to 2"),
+        ("--connect long.mp4 other.mp4 --frames 5", "too short"),
+        ("--extend long.mp4 --given 2 --backward", "leaves nothing to make in front"),
+        ("--edit long.mp4 --strength 0", "--strength 0: use a number above 0"),
+        ("--edit long.mp4 --strength 1.5", "--strength 1.5: use a number above 0"),
+        ("--edit long.mp4 --strength nan", "--strength nan: use a number above 0"),
+        ("--edit long.mp4 --mask black.png", "the mask is black everywhere"),
+        ("--edit long.mp4 --frames 9", "--frames: an edited video has its own length"),
+        ("--edit long.mp4 --extend long.mp4", "--extend and --edit: use one at a time"),
+        ("--loop --connect long.mp4 other.mp4", "--connect and --loop: use one at a time"),
+        ("--seconds 2", "--seconds goes with --extend, which is not there"),
+        ("--strength 0.5", "--strength goes with --edit"),
+        ("--extend long.mp4 --seconds -1", "--seconds -1: use a number above 0"),
+        ("--extend long.mp4 --both --backward", "--backward and --both: use one of them"),
+        ("--extend long.mp4 --image a.png", "--image does not go with a given video"),
+        ("--given 1", "--given goes with --extend, --connect, --loop or --minutes"),
+        ("--noise-level 0.1", "--noise-level goes with --minutes"),
+        ("--minutes 0", "--minutes 0: use a number above 0, at most 60"),
+        ("--minutes 1 --loop", "a given video or --loop does not go with --minutes"),
+        ("--minutes 1 --last b.png", "--last does not go with --minutes"),
+        ("--minutes 1 --given 2", "given=2 of windows of 2 latent frames; use 1 to 1"),
+        ("--minutes 1 --noise-level 1", "noise level 1 of given frames"),
+        ("--keyframe a.png", "--keyframe a.png: expected SECONDS:PATH"),
+        ("--keyframe 2:a.png", "--keyframe 2:a.png: the clip's frames are at 0 to 1 seconds"),
+        ("--keyframe 1:a.png --last b.png", "a --keyframe is at the last frame too"),
+        ("--keyframe 0.5:a.png --keyframe 0.51:b.png", "there is another picture for that frame"),
+        ("--keyframe 0.5:none.png", "--keyframe none.png: no such file"),
+    ],
+)
+def test_mistakes_are_one_line(zoetrope, tasks_folder, tmp_path, flags, message):
+    before = set(tmp_path.iterdir())
+    code, _, errors = zoetrope(tasks_folder, *flags.split())
+    assert code not in (0, None)
+    said = ("warning", "sampling: ", "windows: ")  # and bars
+    (line,) = [line for line in errors.splitlines() if line and not line.startswith(said)]
+    assert message in line
+    assert "Traceback" not in errors
+    assert {path for path in tmp_path.iterdir() if path.suffix == ".mp4"} <= before
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        ("--image a.png", "a given first frame"),
+        ("--last a.png", "a given last or other frame"),
+        ("--extend long.mp4", "extending a video"),
+        ("--extend long.mp4 --backward", "extending a video backwards"),
+        ("--connect long.mp4 other.mp4 --frames 13", "connecting videos"),
+        ("--loop --frames 9", "connecting videos"),
+        ("--minutes 1", "a video in windows"),
+    ],
+)
+def test_a_model_of_text_alone_says_what_it_would_need(zoetrope, folder, flags, what):
+    code, _, errors = zoetrope(folder, *flags.split())
+    assert code != 0
+    assert f"{what} needs a model that was trained for it (recipe.tasks: " in errors
+    assert errors.splitlines()[-1].endswith("trained with text alone")
+
+
+def test_extensions_begin_where_the_video_ends(pipeline, videos):
+    """The network is shown the video's own latents, and colours are brought to those of the video."""
+    seen = []
+    whole = pipeline.dit.forward
+    pipeline.dit.forward = lambda x, t, *a, **k: seen.append((x.clone(), t)) or whole(x, t, *a, **k)
+    try:
+        new = extend_forward(pipeline, "x", videos[0], Window(2, 1), **QUICK)
+        before = extend_backward(pipeline, "x", videos[0], Window(1, 2), **QUICK)
+    finally:
+        pipeline.dit.forward = whole
+    assert new.shape == (3, 4, 16, 16)
+    assert before.shape == (3, 4, 16, 16)  # 9 frames, of which 4 are given, and one is shown before
+    with torch.no_grad():
+        end = pipeline.vae.encode(videos[0][None, :, -5:]).mean
+        begin = pipeline.vae.encode(videos[0][None, :, :5]).mean[:, :, 1:]
+    torch.testing.assert_close(seen[0][0][:1, :, :2], end)
+    assert seen[0][1][0].tolist()[:2] == [0, 0]
+    assert seen[0][1][0, 2] > 0.9
+    torch.testing.assert_close(seen[-1][0][:1, :, 2:], begin)
+    assert seen[-1][1][0, 2] == 0
+
+
+def test_colours_do_not_jump(pipeline, videos, monkeypatch):
+    """A decoder that is off by a constant is brought back."""
+    straight = extend_forward(pipeline, "x", videos[0], Window(2, 1), **QUICK)
+    decode = pipeline.vae.decode
+    monkeypatch.setattr(pipeline.vae, "decode", lambda *a, **k: decode(*a, **k) + 0.05)
+    shifted = extend_forward(pipeline, "x", videos[0], Window(2, 1), **QUICK)
+    off = (shifted - straight).abs()  # but where the decoder's values are clipped
+    assert off.quantile(0.95) < 1e-3
+
+
+def test_connections_see_both_videos(pipeline, videos):
+    window = Window(1, 2)
+    one = connect(pipeline, "x", videos[0], videos[1], window, **QUICK)
+    assert one.shape == (3, 13 - 1 - 4 - 1, 16, 16)
+    for others in (videos[::-1], [videos[0], videos[0]]):
+        other = connect(pipeline, "x", *others, window, **QUICK)
+        assert (other - one).abs().max() > 1e-3
+    same = loop(pipeline, "x", videos[0], window, **QUICK)
+    torch.testing.assert_close(same, connect(pipeline, "x", videos[0], videos[0], window, **QUICK))
+
+
+@pytest.mark.parametrize(
+    ("frames", "given", "sides", "expected"),
+    [(9, None, 1, (1, 2)), (9, 2, 1, (2, 1)), (17, None, 1, (2, 3)), (17, None, 2, (1, 3))],
+)
+def test_windows(pipeline, frames, given, sides, expected):
+    assert window_of(pipeline, frames, given, sides) == Window(*expected)
+
+
+def test_little_strength_changes_little(pipeline, videos):
+    """In order of strength; and an edit of full strength is a sample like others."""
+    source = videos[0][:, :9]
+    with torch.no_grad():
+        restored = pipeline.vae.decode(pipeline.vae.encode(source[None]).mean)[0].clamp(-1, 1)
+    options = {"steps": 20, "seeds": [5]}
+    changed = [
+        (edit(pipeline, "x", source, strength, **options) - restored).square().mean().item()
+        for strength in (0.02, 0.3, 0.8)
+    ]
+    assert changed[0] < 0.01 * changed[2]
+    assert changed[0] < changed[1] < changed[2]
+    full = edit(pipeline, "x", source, 1.0, **options)
+    sample = pipeline(["x"], **options)[0]
+    torch.testing.assert_close(full, sample, atol=2e-2, rtol=0)
+
+
+def test_an_edit_leaves_the_rest_alone(pipeline, videos):
+    source = videos[0][:, :9]
+    mask = torch.zeros(9, 16, 16, dtype=torch.bool)
+    mask[:, :, 8:] = True
+    made = edit(pipeline, "x", source, 0.8, mask, **QUICK)
+    assert torch.equal(made[:, :, :, :8], source[:, :, :, :8])
+    assert (made - source)[:, :, :, 12:].abs().max() > 0.05
+    kept = kept_latents(mask, (4, 3, 4, 4))
+    assert kept.shape == (1, 1, 3, 4, 4)
+    assert kept[..., :2].all()
+    assert not kept[..., 2:].any()
+    mask = torch.zeros(9, 16, 16, dtype=torch.bool)
+    mask[4, 0, 0] = True  # in the second latent frame
+    assert kept_latents(mask, (4, 3, 4, 4)).sum() == 47
+    assert not kept_latents(mask, (4, 3, 4, 4))[0, 0, 1, 0, 0]
+
+
+def test_videos_are_read_whole(zoetrope):
+    video = read_video("--extend", __import__("pathlib").Path("long.mp4"), 16, 16, 8.0)
+    assert torch.equal(to_uint8(video).permute(1, 2, 3, 0), torch.from_numpy(frames_of("long.mp4")))
+    assert torch.equal(to_uint8(to_float(to_uint8(video))), to_uint8(video))
+
+
+def test_schedules():
+    schedule = Schedule.parse("0s: a red circle | 2.5s: a blue square |10s: x")
+    at = [schedule.at(time) for time in (0, 2.4, 2.5, 9, 100)]
+    assert at == ["a red circle"] * 2 + ["a blue square"] * 2 + ["x"]
+    assert Schedule.parse("just one: a prompt").prompts == ("just one: a prompt",)
+    for text in ("1s: a", "0s: a | 0s: b", "0s: a | b", "0s: a | 2s:", "0s: a | xs: b"):
+        with pytest.raises(ValueError, match="prompt schedule: got"):
+            Schedule.parse(text)
+
+
+def test_windows_are_decoded_as_one_clip(pipeline, tmp_path):
+    """Latents of all windows in one piece give the same frames."""
+    plan = plan_windows(pipeline, 22)
+    assert plan == Plan(first=3, length=2, given=1, num_windows=5)
+    schedule = Schedule.parse("0s: a circle | 1.5s: a square")
+    assert list(roll(pipeline, schedule, plan, tmp_path, steps=2)) == [1, 2, 3, 4, 5]
+    from safetensors.torch import load_file
+
+    files = sorted(tmp_path.glob("*.safetensors"))
+    latents = torch.cat([load_file(file)["latents"] for file in files], dim=2)
+    assert latents.shape[2] == 3 + 4
+    frames = np.concatenate(list(decoded(pipeline, plan, tmp_path, 22)))
+    with torch.no_grad():
+        whole = to_uint8(pipeline.vae.decode(latents)[0].clamp(-1, 1)).permute(1, 2, 3, 0).numpy()
+    assert frames.shape == (22, 16, 16, 3)
+    assert np.abs(frames.astype(int) - whole[:22]).max() <= 1
+
+
+def test_each_window_begins_with_the_end_of_the_one_before(pipeline, tmp_path):
+    seen = []
+    whole = pipeline.dit.forward
+    pipeline.dit.forward = lambda x, t, *a, **k: seen.append((x.clone(), t)) or whole(x, t, *a, **k)
+    try:
+        plan = plan_windows(pipeline, 17)
+        list(roll(pipeline, Schedule.parse("x"), plan, tmp_path, steps=1, noise_level=0.25))
+    finally:
+        pipeline.dit.forward = whole
+    from safetensors.torch import load_file
+
+    first = load_file(tmp_path / "window-00000.safetensors")["latents"]
+    x, t = seen[1]
+    assert x.shape[2] == 2
+    assert t[0].tolist() == [0.25, 1.0]
+    # The known frame is there with a quarter of noise.
+    share = (x[0, :, 0] * first[0, :, 2]).sum() / first[0, :, 2].square().sum()
+    assert 0.5 < share < 1.0
+
+
+def test_killed_in_the_middle_it_goes_on(zoetrope, tasks_folder, monkeypatch):
+    """With the same command, to the same video; with another one it says what differs."""
+    flags = ("--minutes", "0.05", "--seed", "7")
+    assert zoetrope(tasks_folder, *flags, "-o", "whole.mp4")[0] == 0
+    child = os.fork()
+    if child == 0:
+        from sample import roll as module
+
+        preview = module.write_preview
+        module.write_preview = lambda path, pipeline, folder, window: (
+            preview(path, pipeline, folder, window)
+            if window < 2
+            else os.kill(os.getpid(), signal.SIGKILL)
+        )
+        main(["sample", str(tasks_folder), "a circle", "--steps", "2", *flags])
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert len(list(os.scandir("out.windows"))) == 1 + 3
+    assert os.path.exists("out.preview.mp4")
+    assert not os.path.exists("out.mp4")
+    code, _, errors = zoetrope(tasks_folder, "--minutes", "0.05", "--seed", "8")
+    assert code != 0
+    assert "out.windows holds windows made with seed=7, not 8; give the same, or remove" in errors
+    assert zoetrope(tasks_folder, *flags)[0] == 0
+    assert np.array_equal(frames_of("out.mp4"), frames_of("whole.mp4"))
+    assert not os.path.exists("out.windows")
+    assert not os.path.exists("out.preview.mp4")
