@@ -75,6 +75,19 @@ NATIVE = {"num_frames": [1, 5], "aspects": ["3/2"], "multiple": 8, "batch_multip
 DATA = {"native": {"native": NATIVE}, "packed": {"native": NATIVE, "packing": {"tokens": 20}}}
 
 
+# Something given: latent frames, pictures beside the clips, another number of frames.
+TASKED = ("replicas, cached", "blocks anew", "gather", "hsdp")
+TASKS = {
+    "text": 1,
+    "image": 1,
+    "first": 1,
+    "ends": 1,
+    "keyframe": 1,
+    "independent": 1,
+    "noise": 0.2,
+}
+
+
 def write_mixed(room):
     """The manifest of the room's clips, some of them cut short, and some cropped."""
     path = room.folder / "train" / "mixed.jsonl"
@@ -91,13 +104,13 @@ def write_mixed(room):
     return path
 
 
-def changes(kind, train, latents=None):
+def changes(kind, train, latents=None, tasked=False):
     """What a run's config says; latents is the folder of a latent cache."""
     optimizer = LARGE_EPS.get(kind, ADAM)
     steps = {"steps": 20, "checkpoint_interval": 10, "optimizer": optimizer}
     values = {"train": {**steps, **train}, "logging": {"interval": 1}}
     if kind == "dit":
-        values["recipe"] = {"dit": {"num_blocks": 2}}
+        values["recipe"] = {"dit": {"num_blocks": 2}, "tasks": TASKS if tasked else {}}
         if latents is not None:
             values["recipe"] |= {"latent_cache": str(latents), "cache_dtype": "float32"}
             values["data"] = {"random_start": False}
@@ -109,13 +122,13 @@ def straight(room, tmp_path_factory):
     """The folder of a run in one process, by what else changes the training."""
     made = {}
 
-    def run(kind, train, cached=False, sizes=None):
+    def run(kind, train, cached=False, sizes=None, tasked=False):
         kept = {key: train[key] for key in ("optimizer", "dtype", "batch_size") if key in train}
-        key = (kind, cached, sizes, *kept)
+        key = (kind, cached, sizes, tasked, *kept)
         if key not in made:
             folder = tmp_path_factory.mktemp("straight")
             latents = folder / "latents" if cached else None
-            values = changes(kind, kept, latents)
+            values = changes(kind, kept, latents, tasked)
             if sizes is not None:
                 values["data"] = {"manifest": str(write_mixed(room)), **DATA[sizes]}
             made[key] = room.train(folder / "run", kind, **values)
@@ -135,7 +148,7 @@ def spread(room, several, tmp_path_factory):
             configs = []
             for layout, (kind, train) in LAYOUTS[world_size].items():
                 latents = folder / "latents" if "cached" in layout else None
-                values = changes(kind, train, latents)
+                values = changes(kind, train, latents, layout in TASKED)
                 if layout in DATA:
                     values["data"] = {"manifest": str(write_mixed(room)), **DATA[layout]}
                 configs.append(room.write(folder / f"{world_size} {layout}", kind, **values))
@@ -152,11 +165,14 @@ def spread(room, several, tmp_path_factory):
 def test_trains_as_one_process_does(straight, spread, world_size, name):
     kind, train = LAYOUTS[world_size][name]
     sizes = name if name in DATA else None
-    out, one = spread(world_size, name), straight(kind, train, "cached" in name, sizes)
+    tasked = name in TASKED
+    out, one = spread(world_size, name), straight(kind, train, "cached" in name, sizes, tasked)
     rows, expected = (read_log(folder / "log.jsonl") for folder in (out, one))
     assert len(rows) == len(expected) == 20
     adversary = ["grad_norm_discriminator"] if kind == "gan" else []
-    for key in ("loss", "grad_norm", "val/loss" if kind == "dit" else "val/psnr", *adversary):
+    figures = [f"val/task/{task}" for task in TASKS if tasked and task != "noise"]
+    figures += ["loss", "grad_norm", "val/loss" if kind == "dit" else "val/psnr", *adversary]
+    for key in figures:
         found, wanted = ([row[key] for row in log if key in row] for log in (rows, expected))
         assert len(found) >= 2
         # Muon orthogonalises in bfloat16, where a rounding error may tip a value to the next one;
