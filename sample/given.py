@@ -79,7 +79,7 @@ class Given:
             denoise = with_known_region(denoise, objective, self.source, noise, self.kept)
         if self.known is not None and self.levels is not None:
             shown = objective.add_noise(self.known, noise, self.levels.nan_to_num(0.0))
-            denoise = with_held_frames(denoise, shown, self.levels)
+            denoise = with_held_frames(denoise, shown, objective.network_t(self.levels))
         return denoise
 
     def start(self, objective: Objective, noise: Tensor, stops: Tensor) -> tuple[Tensor, Tensor]:

@@ -100,9 +100,11 @@ def write_png(path: Path, frame) -> None:  # noqa: ANN001 (numpy, imported lazil
 
 
 def outside_trained(info: ModelInfo, frames: int, height: int, width: int) -> str:
-    """What to say of a size that the model was not trained on; nothing of others."""
-    sizes = info.sizes or ((info.num_frames, info.height, info.width),)
-    lengths, pixels, aspects = zip(*((f, h * w, w / h) for f, h, w in sizes))
+    """What to say of a size that the model was not trained on; nothing of others, and of models that do
+    not say what they were trained on."""
+    if not info.sizes:
+        return ""
+    lengths, pixels, aspects = zip(*((f, h * w, w / h) for f, h, w in info.sizes))
     low, high = 1 if "image" in info.tasks else min(lengths), max(lengths)
     outside = []
     if not low <= frames <= high:
