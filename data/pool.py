@@ -34,6 +34,7 @@ R = TypeVar("R")
 Note = Callable[[Any], None]
 
 _TRIES = 2  # of a task whose process dies: the first death may have been for want of memory
+_STARTS = 3  # of a process whose server is gone
 _START_SECONDS = 300.0  # for a worker's imports, on a busy machine or a slow file system
 # Of a task that is sent to a worker that may be sending itself: what fits into any pipe's buffer, or
 # both would wait for each other.
@@ -191,13 +192,20 @@ class TaskPool:
         if method == "forkserver":  # of effect for the first pool of this process: imports once
             context.set_forkserver_preload([self.function.__module__, "data.video_read"])
         ours, theirs = context.Pipe()
-        with interrupts_deferred(), _without_main():
+        for attempt in range(_STARTS):
             process = context.Process(
                 target=_work,
                 args=(theirs, self.function, self.memory_limit, self.signals, dict(os.environ)),
                 daemon=True,
             )
-            process.start()
+            try:
+                with interrupts_deferred(), _without_main():
+                    process.start()
+                break
+            except (EOFError, ConnectionError) as error:
+                # A signal to all processes of a run ends the server too; the next start begins another.
+                if attempt == _STARTS - 1:
+                    raise RuntimeError(f"a worker process cannot be started: {error!r}") from None
         theirs.close()
         return _Worker(process, ours, time.monotonic())
 
