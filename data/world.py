@@ -42,6 +42,7 @@ from data.world_scene import (
     BACKGROUNDS,
     COLOURS,
     LEVELS,
+    SHAPES_SCENARIO,
     SPLITS,
     UNSEEN_PAIRS,
     Level,
@@ -74,7 +75,6 @@ __all__ = [
     "split_motions",
 ]
 
-SHAPES_SCENARIO = "shapes"  # the one with levels
 MIN_SIDE = 16  # pixels; below, the shapes of small objects cannot be told apart
 MIN_ASPECT = 0.75  # width over height, of `shapes`, which measures in frame heights
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from data import world_physics as physics
 from data.world_motion import Canvas, Interval, Motion, pick
-from data.world_scene import Drawing, moving_object, with_visible
+from data.world_scene import Drawing, Object, moving_object, with_visible
 
 __all__ = ["SPLITS", "collision", "parabola", "uniform"]
 
@@ -44,7 +44,7 @@ def _draw(
 
 def _ball(
     number: int, radius: float, kind: str, motion: Motion, canvas: Canvas, scale: float
-) -> Drawing:
+) -> Object:
     x, y = (
         physics.Path1D(path.position * scale, path.velocity * scale, path.contacts)
         for path in (motion.x, motion.y)
@@ -52,7 +52,7 @@ def _ball(
     pixels = Motion(x, y, gravity=motion.gravity * scale)
     size, colour = "", _COLOURS[number]
     item = moving_object(colour, "circle", size, radius * scale, kind, pixels, canvas.fps)
-    return Drawing(_BACKGROUND, (with_visible(item, canvas),))
+    return with_visible(item, canvas)
 
 
 def _one_ball(
@@ -73,7 +73,7 @@ def _one_ball(
         physics.accelerate(canvas.times, y, 0.0, gravity),
         gravity,
     )
-    return _ball(0, radius, kind, motion, canvas, scale)
+    return Drawing(_BACKGROUND, (_ball(0, radius, kind, motion, canvas, scale),))
 
 
 def uniform(rng: np.random.Generator, canvas: Canvas, split: str) -> Drawing:
@@ -116,8 +116,8 @@ def collision(rng: np.random.Generator, canvas: Canvas, split: str) -> Drawing |
         (radii[0] ** 2, radii[1] ** 2),
         reach,
     )
-    objects = ()
+    objects = []
     for number, (radius, path) in enumerate(zip(radii, paths)):
         motion = Motion(path, physics.uniform(canvas.times, y, 0.0))
-        objects += _ball(number, radius, "colliding", motion, canvas, scale).objects
-    return Drawing(_BACKGROUND, objects)
+        objects.append(_ball(number, radius, "colliding", motion, canvas, scale))
+    return Drawing(_BACKGROUND, tuple(objects))

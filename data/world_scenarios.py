@@ -30,6 +30,7 @@ from data.world_motion import (
 )
 from data.world_scene import (
     LEVELS,
+    SPLITS,
     Drawing,
     Object,
     colour_shape_pairs,
@@ -50,7 +51,6 @@ CONTACT: Interval = (0.3, 0.7)
 # A bar is wider than what it hides by this many frames of motion, so one frame shows nothing.
 HIDDEN_FRAMES = 1.05
 _TRIES = 5000
-_SPLITS = ("train", "held-out", "combinations", "speeds")
 
 
 @dataclass(frozen=True)
@@ -299,18 +299,18 @@ def _protocol(attempt: Callable[[np.random.Generator, Canvas, str], Drawing | No
 
 SCENARIOS: dict[str, Scenario] = {
     "subjects": Scenario(_subjects, ("train", "held-out", "identities"), _STRAIGHT),
-    "collisions": Scenario(_collisions, _SPLITS, longest=2.2, min_frames=5),
+    "collisions": Scenario(_collisions, SPLITS, longest=2.2, min_frames=5),
     # Long enough to get past a bar that is wider than the object, short enough to stay inside.
     "occluders": Scenario(
         _occluders,
-        _SPLITS,
+        SPLITS,
         _STRAIGHT,
         shortest=0.8,
         extra_frames=HIDDEN_FRAMES,
         longest_speeds=1.3,
     ),
-    "pan": Scenario(_pan, _SPLITS, longest=2.4),
-    "bounces": Scenario(_bounces, _SPLITS, longest=math.inf),
+    "pan": Scenario(_pan, SPLITS, longest=2.4),
+    "bounces": Scenario(_bounces, SPLITS, longest=math.inf),
     "uniform": _protocol(protocol.uniform),
     "collision": _protocol(protocol.collision),
     "parabola": _protocol(protocol.parabola),

@@ -35,6 +35,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 # Of the bar that things pass behind: darker than every object, lighter than every background.
 OCCLUDER_COLOUR: tuple[int, int, int] = (96, 96, 96)
 
+SHAPES_SCENARIO = "shapes"  # the one with levels
 SPLITS: tuple[str, ...] = ("train", "held-out", "combinations", "speeds")
 # Colour and shape pairs that only the split "combinations" shows. Every colour keeps two shapes and
 # every shape keeps colours, so both words are known and only their pairing is new.
@@ -136,7 +137,7 @@ class Scene:
     seed: int
     index: int
     split: str
-    scenario: str = "shapes"
+    scenario: str = SHAPES_SCENARIO
     occluder: tuple[int, int, int, int] | None = None
     camera: tuple[float, float] | None = None
 
@@ -153,7 +154,7 @@ class Scene:
             row["acceleration"] = list(item.acceleration)
             objects.append(row)
         own = {k: v for k, v in vars(self).items() if k != "objects" and v is not None}
-        if self.scenario == "shapes":
+        if self.scenario == SHAPES_SCENARIO:
             del own["scenario"]
         for key in _PAIRS & own.keys():
             own[key] = list(own[key])

@@ -6,7 +6,7 @@ large parts, since a subject may be ten pixels across and its colour is stored a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -139,16 +139,4 @@ def reference_scene(scene: Scene, number: int) -> Scene:
         velocity=np.zeros((1, 2)),
         identity=item.identity,
     )
-    return Scene(
-        background,
-        (still,),
-        scene.height,
-        scene.width,
-        1,
-        scene.fps,
-        None,
-        scene.seed,
-        scene.index,
-        scene.split,
-        scenario=scene.scenario,
-    )
+    return replace(scene, background=background, objects=(still,), num_frames=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +94,7 @@ class FromVideos:
     def maker(
         self, pipeline: TextToVideo, height: int, width: int, options: dict[str, Any]
     ) -> Callable[[str, int, dict[str, Any]], Tensor] | None:
-        """What makes a video (1 3 f h w) from a prompt, a seed and options; None where no video is
+        """What makes a video (3 f h w) from a prompt, a seed and options; None where no video is
         given and no loop is asked for. Reads the videos.
 
         Raises:
@@ -123,7 +122,7 @@ class FromVideos:
                 mask = read_mask(self.mask, videos[0], fps)
         return lambda prompt, seed, asked: self.make(pipeline, prompt, videos, mask, seed, asked)
 
-    @cached_property
+    @property
     def paths(self) -> list[Path]:
         """The videos that are read."""
         return [path for path in (self.extend, self.edit, *(self.connect or ())) if path]
@@ -153,12 +152,11 @@ class FromVideos:
             return edit.edit(pipeline, prompt, videos[0], strength, mask, seeds=[seed], **options)
         if self.extend is not None:
             return self._extended(pipeline, prompt, videos[0], seed, options)
+        window = extend.window_of(pipeline, options["frames"], self.given, sides=2)
         if self.connect is not None:
-            window = extend.window_of(pipeline, options["frames"], self.given, sides=2)
             first, second = videos
             new = extend.connect(pipeline, prompt, first, second, window, seeds=[seed], **options)
             return torch.cat([first, new, second], dim=1)
-        window = extend.window_of(pipeline, options["frames"], self.given, sides=2)
         video = pipeline([prompt], seeds=[seed], **options)[0]
         back = {**options, "image": None, "keyframes": None}
         seeds = [stream_seed(seed, "loop", 0)]
@@ -181,20 +179,13 @@ class FromVideos:
         for backward in (True, False):
             if not self.both and backward != self.backward:
                 continue
-            added = 0
-            while added < wanted:
+            longer, left = extend.extend_backward if backward else extend.extend_forward, wanted
+            while left > 0:
                 seeds = [stream_seed(seed, "extend", number)]
-                if backward:
-                    new = extend.extend_backward(
-                        pipeline, prompt, result, window, seeds=seeds, **options
-                    )
-                    result = torch.cat([new[:, -(wanted - added) :], result], dim=1)
-                else:
-                    new = extend.extend_forward(
-                        pipeline, prompt, result, window, seeds=seeds, **options
-                    )
-                    result = torch.cat([result, new[:, : wanted - added]], dim=1)
-                added, number = added + new.shape[1], number + 1
+                new = longer(pipeline, prompt, result, window, seeds=seeds, **options)
+                parts = (new[:, -left:], result) if backward else (result, new[:, :left])
+                result = torch.cat(parts, dim=1)
+                left, number = left - new.shape[1], number + 1
         return result
 
 
@@ -210,10 +201,10 @@ class Rolling:
         self,
         videos: FromVideos,
         frames: int | None,
-        num_videos: int,
         pictures: list[str],
         sheet: Path | None,
         gif: bool,
+        context: int,
     ) -> None:
         """Raises ValueError: a number out of range, or flags that do not go with it."""
         if self.minutes is None:
@@ -228,6 +219,7 @@ class Rolling:
             "--frames": frames is not None,
             "--sheet": sheet is not None,
             "--gif": gif,
+            f"--context {context}": context > 1,  # whose processes share one clip
             "a given video or --loop": videos.any,
             **dict.fromkeys([flag for flag in pictures if flag != "--image"], True),
         }

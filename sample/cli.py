@@ -216,7 +216,7 @@ def sample(
     pictures += ["--keyframe"] if keyframe else []
     videos.check(pictures, frames, context)
     rolling = Rolling(minutes, noise_level, given)
-    rolling.check(videos, frames, len(texts), pictures, sheet, gif)
+    rolling.check(videos, frames, pictures, sheet, gif, context)
     paths = output_paths(output, len(texts), gif, picture=frames == 1 and minutes is None)
 
     from data.video import parse_size

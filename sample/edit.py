@@ -62,9 +62,7 @@ def edit(
         if not mask.any():
             raise ValueError("the mask is black everywhere, so nothing would change; white changes")
         kept = kept_latents(mask, shape).to(pipeline.device)
-    with torch.no_grad():
-        source = pipeline.vae.encode(video[None].to(pipeline.device)).mean
-    given = Given(source=source, strength=strength, kept=kept)
+    given = Given(source=pipeline.encode(video), strength=strength, kept=kept)
     size = {"frames": frames, "height": height, "width": width}
     made = pipeline([prompt], given=given, **{**options, **size})[0]
     if mask is None:

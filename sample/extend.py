@@ -7,7 +7,6 @@ do not jump where the new part begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,6 @@ from torch import Tensor
 
 from sample.given import Given, joined, known_frames, require_task
 from sample.pipeline import TextToVideo
-
-Sample = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ def leading_frames(pipeline: TextToVideo, video: Tensor, window: Window) -> Tens
     factor = pipeline.vae.temporal_factor
     needed = 1 + (window.given - 1) * factor
     _check_length(video, needed)
-    return _encode(pipeline, video[:, video.shape[1] - needed :])
+    return pipeline.encode(video[:, -needed:])
 
 
 def trailing_frames(pipeline: TextToVideo, video: Tensor, window: Window) -> Tensor:
@@ -74,12 +71,7 @@ def trailing_frames(pipeline: TextToVideo, video: Tensor, window: Window) -> Ten
     """
     needed = 1 + window.given * pipeline.vae.temporal_factor
     _check_length(video, needed)
-    return _encode(pipeline, video[:, :needed])[:, :, 1:]
-
-
-def _encode(pipeline: TextToVideo, video: Tensor) -> Tensor:
-    with torch.no_grad():
-        return pipeline.vae.encode(video[None].to(pipeline.device)).mean
+    return pipeline.encode(video[:, :needed])[:, :, 1:]
 
 
 def _check_length(video: Tensor, needed: int) -> None:

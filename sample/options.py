@@ -79,14 +79,12 @@ def write_gif(path: Path, frames, fps: float) -> None:  # noqa: ANN001 (numpy, i
     """frames uint8 (f h w 3) as an endless GIF, written aside and renamed."""
     from PIL import Image
 
+    from data.files import replacing
+
     pictures = [Image.fromarray(frame) for frame in frames]
-    aside = path.with_name(f".{path.name}.partial")
     options = {"append_images": pictures[1:], "duration": round(1000 / fps), "loop": 0}
-    try:
-        pictures[0].save(aside, format="GIF", save_all=True, **options)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        pictures[0].save(partial, format="GIF", save_all=True, **options)
 
 
 def write_png(path: Path, frame) -> None:  # noqa: ANN001 (numpy, imported lazily)

@@ -230,8 +230,11 @@ class TextToVideo:
         Raises:
             ValueError: a size, length, sampler or count that does not fit, saying what does.
         """
-        info = self.info
-        size = (frames or info.num_frames, height or info.height, width or info.width)
+        size = (
+            self.info.num_frames if frames is None else frames,
+            self.info.height if height is None else height,
+            self.info.width if width is None else width,
+        )
         shape = self.latent_shape(*size)
         guidances = self._guidances(guidance, guidance_low)
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -287,6 +290,11 @@ class TextToVideo:
                 "or check the model's weights"
             )
         return video.clamp(-1, 1).cpu()
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Latents (1 c f h w) of a video (3 f h w) in [-1, 1]: the posterior's mean."""
+        return self.vae.encode(video[None].to(self.device)).mean
 
     def _decode(self, latents: Tensor) -> Tensor:
         """In parts where the whole clip is large and the VAE gives the same result from them."""

@@ -15,7 +15,7 @@ from train.clips import read_rows, rows_of_one_size
 from train.config_recipes import TasksConfig
 from train.recipe import counted_noise
 from train.stills import cut_stills, num_stills
-from train.tasks import draw_given, family_of, mean_asked, still_positions
+from train.tasks import chosen_frames, draw_given, family_of, keyframe_positions, mean_asked
 from train.watchdog import beat
 
 if TYPE_CHECKING:
@@ -140,9 +140,10 @@ def _task_losses(recipe: DiTRecipe, part: ValidationSet, task: str, levels: Tens
     t = torch.where(asked, levels[: asked.shape[1]], given.levels.to(device))
     beside = None
     if given.still is not None:
-        which, factor = given.still.tolist(), recipe.vae.temporal_factor
-        positions = still_positions(part.rows, which, num_frames, factor).to(device)
-        latents = part.stills[torch.arange(len(which)), :, which, None]
+        factor = recipe.vae.temporal_factor
+        frames = chosen_frames(part.rows, given.still, num_frames, factor)
+        positions = keyframe_positions(frames, factor).to(device)
+        latents = part.stills[torch.arange(len(frames)), :, given.still, None]
         beside = BesideFrames(latents, torch.zeros_like(positions), positions)
     x_t, told = objective.add_noise(x_0, noise, t), objective.network_t(t)
     pred = recipe.dit(x_t, told, *recipe.text(part.ids), beside=beside)

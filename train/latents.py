@@ -146,9 +146,10 @@ class CachedLatents:
     def sample(
         self, request: LatentRequest, posterior: Tensor, bad: list[tuple[str, str]]
     ) -> dict[str, Any]:
-        mean, std = posterior
+        clip, stills = posterior.tensor_split([posterior.shape[2] - self.cache.stills], dim=2)
         about = {"caption": request.caption, "row": request.row, "g": request.g, "bad": bad}
-        return {"mean": mean, "std": std, "size": request.size, **about}
+        mean, std = clip
+        return {"mean": mean, "std": std, "stills": stills, "size": request.size, **about}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         packed = self.clips.order.packed
@@ -158,6 +159,8 @@ class CachedLatents:
             "std": join([sample["std"] for sample in samples]),
             **described(samples),
         }
+        if self.cache.stills:
+            batch["stills"] = torch.stack([sample["stills"] for sample in samples])
         if packed:
             batch["sizes"] = torch.tensor([sample["size"] for sample in samples])
         if self.texts is not None and self.shown is not None:

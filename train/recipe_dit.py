@@ -31,7 +31,6 @@ from train.latents import cached_latents
 from train.lora import add_adapters, check_objective, export_lora
 from train.packed import packed_batch, packed_losses
 from train.recipe import Batch, Recipe, TrainData, counted_noise, counted_uniform
-from train.stills import num_stills
 from train.tasks import beside_frames, given_batch, mean_asked
 from train.text_checkpoint import load_text_weights
 
@@ -262,8 +261,7 @@ class DiTRecipe(Recipe):
         if "sizes" in items:
             return batch | packed_batch(self, items, uniform)
         if "mean" in items:
-            c, f, h, w = items["mean"].shape[1:]
-            shape = (c, f - num_stills(self.options.tasks), h, w)
+            shape = tuple(items["mean"].shape[1:])
         else:
             shape = self.vae.latent_shape(*items["video"].shape[2:])
         batch["noise"] = counted_noise(seed, "noise", g, shape, device)
@@ -278,8 +276,6 @@ class DiTRecipe(Recipe):
         device = self.ranks.device
         if "mean" in items:
             mean, std = (items[key].to(device).float() for key in ("mean", "std"))
-            if posterior_noise.ndim == 5:  # behind the clip's frames are its stills
-                mean, std = (x[:, :, : posterior_noise.shape[2]] for x in (mean, std))
             return {"latents": torch.addcmul(mean, std, posterior_noise)}
         video = items["video"].to(device, non_blocking=True)
         return {"video": video, "posterior_noise": posterior_noise}

@@ -82,11 +82,10 @@ def draw_given(
     if num_frames == 1 or (family == "window" and num_frames == 2):
         family = "clip" if family != "image" else family
     frames = {"image": (0, 1), "window": (1, num_frames)}.get(family, (0, num_frames))
-    weights = {k: v for k, v in config.weights.items() if k in FAMILIES[family]} or {"text": 1.0}
-    drawn = [
-        _one(weights if num_frames > 1 else {"text": 1.0}, config.noise, seed, number, frames)
-        for number in g
-    ]
+    weights = {k: v for k, v in config.weights.items() if k in FAMILIES[family]}
+    if num_frames == 1 or not weights:
+        weights = {"text": 1.0}
+    drawn = [_one(weights, config.noise, seed, number, frames) for number in g]
     tasks, levels, stills, noises = zip(*drawn)
     beside = family == "beside"
     return Given(
@@ -204,13 +203,11 @@ def _beside(
     assert given.still_levels is not None
     seed, device, g = recipe.config.seed, recipe.ranks.device, items["g"]
     (c, num_frames, h, w), factor = shape, recipe.vae.temporal_factor
-    length = (num_frames - 1) * factor + 1
-    which = given.still.tolist()
-    frames = [still_frames(row, length, k + 1)[k] for row, k in zip(items["rows"], which)]
+    frames = chosen_frames(items["rows"], given.still, num_frames, factor)
     each = torch.arange(len(g))
-    if "mean" in items:
-        mean, std = (items[key][each, :, num_frames + given.still, None] for key in ("mean", "std"))
-        found = {"beside_mean": mean.to(device).float(), "beside_std": std.to(device).float()}
+    if "stills" in items:
+        mean, std = items["stills"][each, :, :, given.still, None].to(device).float().unbind(1)
+        found = {"beside_mean": mean, "beside_std": std}
     else:
         found = {"beside_video": items["video"][each, :, frames, None].to(device)}
     noise, posterior_noise = (
@@ -222,21 +219,25 @@ def _beside(
         "beside_noise": noise,
         "beside_posterior_noise": posterior_noise,
         "beside_t": given.still_levels[:, None].to(device),
-        "beside_positions": still_positions(items["rows"], which, num_frames, factor).to(device),
+        "beside_positions": keyframe_positions(frames, factor).to(device),
     }
 
 
-def still_positions(
-    rows: Sequence[int], which: Sequence[int], num_frames: int, temporal_factor: int
-) -> Tensor:
-    """Where each row's chosen still lies along time, (b 1).
+def chosen_frames(
+    rows: Sequence[int], still: Tensor, num_frames: int, temporal_factor: int
+) -> list[int]:
+    """Which frame of its clip each row's chosen still is.
 
     Args:
         num_frames: latent frames of a clip.
     """
     length = (num_frames - 1) * temporal_factor + 1
-    places = [still_frames(row, length, k + 1)[k] for row, k in zip(rows, which)]
-    return torch.tensor([[keyframe_position(place, temporal_factor)] for place in places])
+    return [still_frames(row, length, k + 1)[k] for row, k in zip(rows, still.tolist())]
+
+
+def keyframe_positions(frames: Sequence[int], temporal_factor: int) -> Tensor:
+    """Where one picture beside each clip lies along time, (b 1)."""
+    return torch.tensor([[keyframe_position(frame, temporal_factor)] for frame in frames])
 
 
 def beside_frames(recipe: DiTRecipe, batch: Batch) -> BesideFrames | None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import av
 import numpy as np
@@ -169,6 +170,7 @@ def test_what_is_done_all_the_same_is_said(zoetrope, tasks_folder, flags, said):
         ("--noise-level 0.1", "--noise-level goes with --minutes"),
         ("--minutes 0", "--minutes 0: use a number above 0, at most 60"),
         ("--minutes 1 --loop", "a given video or --loop does not go with --minutes"),
+        ("--minutes 1 --context 2", "--context 2 does not go with --minutes"),
         ("--minutes 1 --last b.png", "--last does not go with --minutes"),
         ("--minutes 1 --given 2", "given=2 of windows of 2 latent frames; use 1 to 1"),
         ("--minutes 1 --noise-level 1", "noise level 1 of given frames"),
@@ -295,7 +297,7 @@ def test_an_edit_leaves_the_rest_alone(pipeline, videos):
 
 
 def test_videos_are_read_whole(zoetrope):
-    video = read_video("--extend", __import__("pathlib").Path("long.mp4"), 16, 16, 8.0)
+    video = read_video("--extend", Path("long.mp4"), 16, 16, 8.0)
     assert torch.equal(to_uint8(video).permute(1, 2, 3, 0), torch.from_numpy(frames_of("long.mp4")))
     assert torch.equal(to_uint8(to_float(to_uint8(video))), to_uint8(video))
 

@@ -178,6 +178,7 @@ def test_a_held_first_frame_is_seen_clean(image_folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"frames": 0}, "frames=0 does not fit the VAE"),
         ({"frames": 16}, r"frames=16 does not fit the VAE: it needs 4\*k\+1; use 17 or 13"),
         ({"height": 18}, r"height=18 does not fit the VAE: it needs a multiple of 4; use 20 or 16"),
         ({"width": 20}, r"width=20 does not fit the DiT: it needs a multiple of 8; use 24 or 16"),
