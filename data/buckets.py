@@ -21,6 +21,7 @@ from data.manifest import Manifest
 from data.randomness import stream_seed
 
 Size = tuple[int, int, int]  # num_frames, height, width in pixels
+Bucket = tuple[int, ...]  # a size, and what else sets its clips apart
 
 # Shares whose common denominator is larger are rounded to multiples of 1 / MAX_PERIOD.
 MAX_PERIOD = 2**16
@@ -42,11 +43,11 @@ class BucketSequence:
     had before any step, so that nothing need be counted along.
 
     Attributes:
-        sizes: the buckets; slots: how many steps of a period each has; table: which one each step of
-            a period has, (period,).
+        buckets: in their order; slots: how many steps of a period each has; table: which one each
+            step of a period has, (period,).
 
     Args:
-        shares: of the steps, by size; positive, relative to each other. Their order says nothing.
+        shares: of the steps, by bucket; positive, relative to each other. Their order says nothing.
         seed: which of equally urgent buckets comes first.
         max_period: steps of a period at most, to whose multiples shares are rounded.
     Raises:
@@ -54,26 +55,31 @@ class BucketSequence:
     """
 
     def __init__(
-        self, shares: Mapping[Size, float | Fraction], seed: int, max_period: int = MAX_PERIOD
+        self,
+        shares: Mapping[Bucket, float | Fraction] | Mapping[Size, float],
+        seed: int,
+        max_period: int = MAX_PERIOD,
     ) -> None:
         if not shares or not all(0 < share < math.inf for share in shares.values()):
             raise ValueError(f"expected at least one bucket and positive shares, got {shares}")
-        self.sizes = sorted(shares, key=lambda size: stream_seed(seed, "bucket-order", *size))
-        self.slots = _whole_numbers([shares[size] for size in self.sizes], max_period)
+        self.buckets: list[Bucket] = sorted(
+            shares, key=lambda bucket: stream_seed(seed, "bucket-order", *bucket)
+        )
+        self.slots = _whole_numbers([dict(shares)[bucket] for bucket in self.buckets], max_period)
         self.table = _fair_schedule(self.slots)
         self._earlier = np.empty_like(self.table)
         for bucket, slots in enumerate(self.slots):
             self._earlier[self.table == bucket] = np.arange(slots)
 
-    def at(self, step: int) -> tuple[Size, int]:
+    def at(self, step: int) -> tuple[Bucket, int]:
         """The bucket of a step, and how many earlier steps had the same one; step >= 0."""
         periods, slot = divmod(step, len(self.table))
         bucket = int(self.table[slot])
-        return self.sizes[bucket], periods * self.slots[bucket] + int(self._earlier[slot])
+        return self.buckets[bucket], periods * self.slots[bucket] + int(self._earlier[slot])
 
-    def share(self, size: Size) -> float:
+    def share(self, bucket: Bucket) -> float:
         """Of all steps, in (0, 1]."""
-        return self.slots[self.sizes.index(size)] / len(self.table)
+        return self.slots[self.buckets.index(bucket)] / len(self.table)
 
 
 def _whole_numbers(shares: Sequence[float | Fraction], max_period: int) -> list[int]:

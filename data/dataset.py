@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch.utils.data import Dataset
@@ -34,9 +34,11 @@ _MIN_FILES = 1000
 
 
 class Sample(TypedDict):
-    """`video` is uint8 (3 f h w); `bad` has (clip, reason) of what could not be read on the way."""
+    """`video` is uint8 (3 f h w); `references` (3 k h w), if any; `bad` has (clip, reason) of what could
+    not be read on the way."""
 
     video: torch.Tensor
+    references: NotRequired[torch.Tensor]
     caption: str
     row: int
     g: int
@@ -44,9 +46,11 @@ class Sample(TypedDict):
 
 
 class Batch(TypedDict):
-    """`video` is uint8 (b 3 f h w); `rows` and `g` are as in Sample; `bad` is of all samples."""
+    """`video` is uint8 (b 3 f h w); `references` (b 3 k h w), if any; `rows` and `g` are as in Sample;
+    `bad` is of all samples."""
 
     video: torch.Tensor
+    references: NotRequired[torch.Tensor]
     captions: list[str]
     rows: list[int]
     g: list[int]
@@ -68,6 +72,7 @@ class ClipRequest:
         g, row, caption: of the sample that it is for.
         path, fps, start, end, crop, position, backend: as `read_clip`.
         size: frames, height and width.
+        references: pictures to read with it, of its size.
     """
 
     g: int
@@ -81,6 +86,7 @@ class ClipRequest:
     crop: tuple[int, int, int, int] | None
     position: float
     backend: Backend
+    references: tuple[str, ...] = ()
 
     @property
     def is_here(self) -> bool:
@@ -96,13 +102,13 @@ class ClipRequest:
         return f"{path} [{self.start:g}, {'end' if self.end is None else f'{self.end:g}'}]"
 
     def read(self) -> torch.Tensor:
-        """The video, uint8 (3 f h w).
+        """The video, uint8 (3 f h w), and behind its frames the references.
 
         Raises:
-            VideoReadError: it cannot be read, or is too short.
+            VideoReadError: it or a reference cannot be read, or it is too short.
         """
         num_frames, height, width = self.size
-        return read_clip(
+        clip = read_clip(
             self.path,
             num_frames=num_frames,
             fps=self.fps,
@@ -114,6 +120,16 @@ class ClipRequest:
             position=self.position,
             backend=self.backend,
         )
+        return torch.cat([clip, *map(self._read_reference, self.references)], dim=1)
+
+    def _read_reference(self, path: str) -> torch.Tensor:
+        _, height, width = self.size
+        try:
+            return read_clip(path, num_frames=1, fps=self.fps, height=height, width=width)
+        except VideoReadError as error:
+            raise VideoReadError(
+                self.path, f"its reference {one_line(path)}: {error.reason}"
+            ) from None
 
 
 class ClipDataset(Dataset[Sample]):
@@ -135,6 +151,8 @@ class ClipDataset(Dataset[Sample]):
         buckets: sizes and their shares of the steps, as BucketSequence; none for one size.
         batch_size: samples per optimizer step, over all ranks and micro-batches; buckets need it.
         order: of the samples, in place of buckets and batch_size.
+        references: read the rows' reference pictures too. All samples of a step need equally many,
+            as an order that knows of them (data/order.py) sees to.
     Raises:
         ValueError: a bucket has no row that is right for it, a share is not positive, or there are
             buckets without batch_size.
@@ -154,8 +172,10 @@ class ClipDataset(Dataset[Sample]):
         buckets: Mapping[Size, float] | None = None,
         batch_size: int | None = None,
         order: SampleOrder | None = None,
+        references: bool = False,
     ) -> None:
         self.manifest = manifest
+        self.references = references
         self.fps = fps
         self.seed = seed
         self.random_start = random_start
@@ -218,13 +238,17 @@ class ClipDataset(Dataset[Sample]):
             crop=row.crop,
             position=position,
             backend=self.backend,
+            references=self.manifest.locate_references(row) if self.references else (),
         )
 
     def sample(
         self, request: ClipRequest, video: torch.Tensor, bad: list[tuple[str, str]]
     ) -> Sample:
         """A request's sample, once its video is there."""
-        return Sample(video=video, caption=request.caption, row=request.row, g=request.g, bad=bad)
+        sample = Sample(video=video, caption=request.caption, row=request.row, g=request.g, bad=bad)
+        if request.references:
+            sample["video"], sample["references"] = video.tensor_split([request.size[0]], dim=1)
+        return sample
 
     def collate(self, samples: list[Sample]) -> dict[str, Any]:
         """A batch."""
@@ -234,7 +258,11 @@ class ClipDataset(Dataset[Sample]):
 def collate(samples: list[Sample]) -> Batch:
     """A batch of samples of one size, which all samples of a step have but of a packed one."""
     video = torch.stack([sample["video"] for sample in samples])
-    return Batch(video=video, **described(samples))
+    batch = Batch(video=video, **described(samples))
+    if "references" in samples[0]:
+        pictures = [sample["references"] for sample in samples]  # type: ignore
+        batch["references"] = torch.stack(pictures)
+    return batch
 
 
 def collate_packed(samples: list[Sample]) -> PackedBatch:

@@ -69,6 +69,8 @@ class Row(BaseModel):
         start, end: the piece of the file that is meant, in seconds; None is the file's own.
         crop: the part of the picture that is meant, (x, y, width, height) in pixels of the upright
             picture; None is all of it.
+        references: pictures of the subjects that the clip shows, in the order in which its captions
+            name them; each where `path` could be. None is no picture.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -78,6 +80,7 @@ class Row(BaseModel):
     start: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     end: float | None = Field(default=None, allow_inf_nan=False)
     crop: Crop | None = None
+    references: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
 
     @field_validator("caption")
     @classmethod
@@ -107,6 +110,7 @@ class Rows(Sequence[Row]):
         self._ends = array("q")
         self._numbers = {name: array("d") for name in NUMBERS}
         self._images = array("b")
+        self._num_references = array("H")
         for row in rows:
             self.add(row, row.model_dump_json(exclude_none=True).encode())
 
@@ -122,6 +126,7 @@ class Rows(Sequence[Row]):
                 value = math.nan
             numbers.append(value)
         self._images.append(is_image_path(row.path))
+        self._num_references.append(len(row.references or ()))
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -153,6 +158,10 @@ class Rows(Sequence[Row]):
     @property
     def images(self) -> np.ndarray:
         return np.array(self._images, bool)
+
+    @property
+    def num_references(self) -> np.ndarray:
+        return np.array(self._num_references, np.int64)
 
 
 Place = Path | str  # a URL stays text: a Path would lose one of its slashes
@@ -223,11 +232,16 @@ class Manifest:
 
     def locate(self, row: Row) -> str:
         """Where the clip of `row` is: a path that can be opened from here, or a URL."""
-        if "://" in row.path or os.path.isabs(row.path):
-            return row.path
-        return (
-            f"{self.root}/{row.path}" if isinstance(self.root, str) else str(self.root / row.path)
-        )
+        return self._locate(row.path)
+
+    def locate_references(self, row: Row) -> tuple[str, ...]:
+        """Where the pictures of its subjects are."""
+        return tuple(self._locate(path) for path in row.references or ())
+
+    def _locate(self, path: str) -> str:
+        if "://" in path or os.path.isabs(path):
+            return path
+        return f"{self.root}/{path}" if isinstance(self.root, str) else str(self.root / path)
 
     def column(self, name: str) -> np.ndarray:
         """A number of every row, float64 (n,), NaN where a row has none; `name` is of NUMBERS."""
@@ -238,6 +252,11 @@ class Manifest:
         """Whether each row is a still image by the ending of its path, bool (n,)."""
         return self.rows.images
 
+    @property
+    def num_references(self) -> np.ndarray:
+        """How many reference pictures each row has, int64 (n,)."""
+        return self.rows.num_references
+
     def fingerprint(self) -> str:
         """32 hex digits that change when any usable row does, and not with the file's place."""
         return self._fingerprint
@@ -247,8 +266,9 @@ class Manifest:
         digest = hashlib.blake2b(digest_size=16)
         for row in self.rows:
             values = row.model_dump()
-            if row.crop is None:  # as of manifests that know of none
-                del values["crop"]
+            for name in ("crop", "references"):  # as of manifests that know of none
+                if values[name] is None:
+                    del values[name]
             digest.update(json.dumps(values, sort_keys=True, default=str).encode())
             digest.update(b"\n")
         return digest.hexdigest()

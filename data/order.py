@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from data.buckets import MAX_PERIOD, BucketSequence, Size, size_name
+from data.buckets import MAX_PERIOD, Bucket, BucketSequence, Size, size_name
 from data.randomness import Shuffle, permuted_index, stream_seed
 
 # Of shares that follow from numbers of rows: so many steps make a bucket of one row in a million no
@@ -113,6 +113,8 @@ class BucketOrder(SampleOrder):
         shares: of the steps, relative to each other; None: each bucket as often as an epoch of its
             rows is long, so that all rows are seen equally often.
         advice: what to change where a batch cannot be dealt out; {} is the multiple it has to be.
+        references: how many reference pictures each row of the manifest has: those of a bucket that
+            have equally many are then a bucket of their own. None: it does not matter.
 
     Attributes:
         sequence: the bucket of every step.
@@ -126,18 +128,25 @@ class BucketOrder(SampleOrder):
         seed: int,
         shares: Mapping[Size, float] | None = None,
         advice: str = "use a multiple of {}",
+        references: np.ndarray | None = None,
     ) -> None:
         self.rows, self.batches, self._advice = rows, batches, advice
-        if shares is None:
-            by_rows = {size: Fraction(len(rows[size]), batches[size]) for size in rows}
-            self.sequence = BucketSequence(by_rows, seed, NATIVE_PERIOD)
-        else:
-            self.sequence = BucketSequence(shares, seed, MAX_PERIOD)
-        sizes = self.sequence.sizes
-        by_bucket = np.array([batches[size] for size in sizes], np.int64)
+        self._rows = _parted(rows, references)
+        weights: dict[Bucket, Fraction] = {}
+        for bucket, part in self._rows.items():
+            size = _size(bucket)
+            if shares is None:
+                weights[bucket] = Fraction(len(part), batches[size])
+            else:
+                weights[bucket] = Fraction(str(shares[size])) * Fraction(len(part), len(rows[size]))
+        period = NATIVE_PERIOD if shares is None else MAX_PERIOD
+        self.sequence = BucketSequence(weights, seed, period)
+        buckets = self.sequence.buckets
+        by_bucket = np.array([batches[_size(bucket)] for bucket in buckets], np.int64)
         self._ends = np.concatenate([[0], by_bucket[self.sequence.table].cumsum()])
         self._shuffles = {
-            size: Shuffle(stream_seed(seed, "bucket", *size), len(rows[size])) for size in sizes
+            bucket: Shuffle(stream_seed(seed, "bucket", *bucket), len(self._rows[bucket]))
+            for bucket in buckets
         }
 
     def first(self, step: int) -> int:
@@ -147,16 +156,25 @@ class BucketOrder(SampleOrder):
     def draw(self, g: int) -> tuple[Size, Sequence[int] | np.ndarray, int]:
         periods, place = divmod(g, int(self._ends[-1]))
         slot = int(np.searchsorted(self._ends, place, side="right")) - 1
-        size, earlier_steps = self.sequence.at(periods * (len(self._ends) - 1) + slot)
+        bucket, earlier_steps = self.sequence.at(periods * (len(self._ends) - 1) + slot)
+        size = _size(bucket)
         drawn = earlier_steps * self.batches[size] + place - int(self._ends[slot])
-        return size, self.rows[size], self._shuffles[size](drawn)
+        return size, self._rows[bucket], self._shuffles[bucket](drawn)
 
     def counts(self, step: int) -> dict[Size, int]:
-        size, _ = self.sequence.at(step)
+        size = _size(self.sequence.at(step)[0])
         return {size: self.batches[size]}
 
     def mean_counts(self) -> dict[Size, float]:
-        return {size: self.sequence.share(size) * self.batches[size] for size in self.rows}
+        return {size: self.share(size) * self.batches[size] for size in self.rows}
+
+    def share(self, size: Size, references: int | None = None) -> float:
+        """Of all steps, in [0, 1], those of a size; of rows with so many reference pictures alone."""
+        return sum(
+            self.sequence.share(bucket)
+            for bucket in self._rows
+            if _size(bucket) == size and references in (None, sum(bucket[3:]))
+        )
 
     def check(self, num_ranks: int, grad_accum: int) -> None:
         parts = num_ranks * grad_accum
@@ -166,3 +184,22 @@ class BucketOrder(SampleOrder):
                     f"bucket {size_name(size)}: its batch of {batch} does not divide into {num_ranks} "
                     f"processes x train.grad_accum={grad_accum}; {self._advice.format(parts)}"
                 )
+
+
+def _size(bucket: Bucket) -> Size:
+    num_frames, height, width = bucket[:3]
+    return num_frames, height, width
+
+
+def _parted(
+    rows: Mapping[Size, np.ndarray], references: np.ndarray | None
+) -> dict[Bucket, np.ndarray]:
+    """The rows of each bucket: a size, and behind it the number of reference pictures, if any."""
+    if references is None:
+        return {**rows}
+    parts: dict[Bucket, np.ndarray] = {}
+    for size, of_it in rows.items():
+        found = references[of_it]
+        for count in np.unique(found).tolist():
+            parts[(*size, count) if count else size] = of_it[found == count]
+    return parts

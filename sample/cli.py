@@ -111,6 +111,13 @@ def sample(
         list[str] | None,
         typer.Option(help="A picture at a time, as SECONDS:PATH; may be repeated.", **_GIVEN),
     ] = None,
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A picture of a subject; repeated, in the order in which the prompt names them.",
+            **_GIVEN,
+        ),
+    ] = None,
     extend: Annotated[
         Path | None, typer.Option(help="A video that goes on, for --seconds more.", **_GIVEN)
     ] = None,
@@ -265,6 +272,7 @@ def sample(
         "negative": negative,
         "image": None if image is None else read_image(image, height, width),
         "keyframes": read_keyframes(last, keyframe or (), frames, height, width, info.fps),
+        "references": [read_image(path, height, width, "--reference") for path in reference or ()],
         "reuse": reuse,
     }
     pipeline.latent_shape(frames, height, width)  # refuse what does not fit before making folders

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from dit.conditions import (
     BesideFrames,
     keyframe_position,
+    reference_position,
     with_held_frames,
     with_known_region,
 )
@@ -149,27 +150,64 @@ def given_pictures(
         ValueError: a picture of another size, or at a frame that the clips have not.
     """
     result = Given()
-    device = vae.latent_mean.device
     for frame, picture in pictures.items():
         if not 0 <= frame < frames:
             raise ValueError(
                 f"a picture for frame {frame}, and the clip's are 0 to {frames - 1}; move it, or ask "
                 "for a longer clip"
             )
-        images = picture[None] if picture.ndim == 3 else picture
-        if images.shape[1:] != (3, height, width) or len(images) not in (1, count):
-            raise ValueError(
-                f"the image has shape {tuple(picture.shape)}; expected (3 {height} {width}) or "
-                f"({count} 3 {height} {width})"
-            )
-        latents = vae.encode(images[:, :, None].to(device)).mean.expand(count, -1, -1, -1, -1)
+        latents = _encoded(vae, picture, height, width, count)
         if frame == 0:
             length = vae.latent_shape(frames, height, width)[1]
             result = joined(result, known_frames(latents, length, slice(0, 1)))
         else:
             place = keyframe_position(frame, vae.temporal_factor)
-            levels = latents.new_zeros(count, 1)
-            result = joined(
-                result, Given(beside=BesideFrames(latents, levels, torch.full_like(levels, place)))
-            )
+            result = joined(result, _beside(latents, place))
     return result
+
+
+def given_references(
+    vae: VAE,
+    references: Sequence[Tensor],
+    height: int,
+    width: int,
+    count: int,
+    info: ModelInfo,
+) -> Given:
+    """Pictures of subjects, in the order in which the prompts name them.
+
+    Args:
+        references: each (3 h w) or one per clip (b 3 h w), in [-1, 1].
+        height, width: of the clips, of which there are `count`.
+    Raises:
+        ValueError: more than the model was trained with, or a picture of another size.
+    """
+    if len(references) > info.references:
+        knows = f"at most {info.references}" if info.references else "none"
+        raise ValueError(
+            f"{len(references)} reference picture(s), and the model was trained with {knows} "
+            "(recipe.tasks.references); give fewer, or use another model"
+        )
+    result = Given()
+    for number, picture in enumerate(references):
+        latents = _encoded(vae, picture, height, width, count)
+        result = joined(result, _beside(latents, reference_position(number)))
+    return result
+
+
+def _encoded(vae: VAE, picture: Tensor, height: int, width: int, count: int) -> Tensor:
+    """Latents (b c 1 h w) of a picture (3 h w) or one per clip (b 3 h w)."""
+    images = picture[None] if picture.ndim == 3 else picture
+    if images.shape[1:] != (3, height, width) or len(images) not in (1, count):
+        raise ValueError(
+            f"the image has shape {tuple(picture.shape)}; expected (3 {height} {width}) or "
+            f"({count} 3 {height} {width})"
+        )
+    images = images[:, :, None].to(vae.latent_mean.device)
+    return vae.encode(images).mean.expand(count, -1, -1, -1, -1)
+
+
+def _beside(latents: Tensor, place: float) -> Given:
+    """A clean picture (b c 1 h w) that stands beside each clip, at a place along time."""
+    levels = latents.new_zeros(len(latents), 1)
+    return Given(beside=BesideFrames(latents, levels, torch.full_like(levels, place)))

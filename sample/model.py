@@ -23,6 +23,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -61,6 +62,7 @@ class ModelInfo(BaseModel):
     width: PositiveInt
     image_to_video: bool = False  # knows clean first frames, t = 0, from training
     tasks: tuple[str, ...] = ()  # what else was given in training, by name in recipe.tasks
+    references: NonNegativeInt = 0  # pictures of subjects, at most
     sizes: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...] = ()  # (frames, height, width)
     # Where the weights came from: git commit, config hash, step, data fingerprint.
     provenance: dict[str, str | int | float | None] = {}

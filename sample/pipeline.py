@@ -19,7 +19,7 @@ from dit.samplers import Denoiser, SamplerName, run_sampler, starting_noise
 from dit.transformer import DiTConfig
 from dit.vae import VAE
 from dit.vae_parts import decode_in_parts
-from sample.given import Given, given_pictures, joined, require_task
+from sample.given import Given, given_pictures, given_references, joined, require_task
 from sample.lora import GivenLoRAs, add_loras, as_loras
 from sample.model import Model, load_model
 
@@ -201,6 +201,7 @@ class TextToVideo:
         negative: str | Text = "",
         image: Tensor | None = None,
         keyframes: Mapping[int, Tensor] | None = None,
+        references: Sequence[Tensor] = (),
         given: Given | None = None,
         noise: Tensor | None = None,
         reuse: float | None = None,
@@ -220,6 +221,7 @@ class TextToVideo:
             image: (3 h w) or one per prompt (b 3 h w) in [-1, 1], the first frame, for models that
                 were trained with given ones.
             keyframes: the same at other frames, by number from 0; -1 is the last.
+            references: pictures like these of subjects, in the order in which the prompts name them.
             given: latents that are known or to be edited.
             noise: the latents to start from (b c f h w), instead of drawing them.
             reuse: threshold of feature reuse, see `dit.reuse.FeatureReuse`; `work` counts.
@@ -244,6 +246,7 @@ class TextToVideo:
         if len(seeds) != count:
             raise ValueError(f"{len(seeds)} seeds for {count} prompts; give one per prompt")
         given = joined(self._pictures(image, keyframes or {}, count, size), given or Given())
+        given = joined(given, given_references(self.vae, references, *size[1:], count, self.info))
         generators = [generator(seed, "sample", device=self.device) for seed in seeds]
         num_steps = self.sampling.steps if steps is None else steps
         tokens = prod(s // p for s, p in zip(shape[1:], self.dit.config.patch_size))

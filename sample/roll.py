@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,7 @@ def roll(
     seed: int = 0,
     noise_level: float = NOISE_LEVEL,
     image: Tensor | None = None,
+    references: Sequence[Tensor] = (),
     height: int | None = None,
     width: int | None = None,
     **options: Any,
@@ -146,7 +147,7 @@ def roll(
     Args:
         folder: made when missing; for `decoded`.
         noise_level: of the frames that a window is given, as t: against drift.
-        image: (3 h w) in [-1, 1], the first frame.
+        image: (3 h w) in [-1, 1], the first frame; references: pictures of subjects, for all windows.
         options: as `TextToVideo.__call__`.
     Raises:
         ValueError: the folder holds windows of something else, or a window is damaged.
@@ -159,8 +160,9 @@ def roll(
     size = {"height": height or pipeline.info.height, "width": width or pipeline.info.width}
     model = hashlib.sha256(pipeline.info.model_dump_json().encode()).hexdigest()[:16]
     claim = {"model": model, **vars(plan), **vars(schedule), "seed": seed, **size}
-    claim["noise_level"] = noise_level
-    _claim(folder, {**claim, "image": _hash(image), **{k: str(v) for k, v in options.items()}})
+    claim |= {"noise_level": noise_level, "image": _hash(image)}
+    claim["references"] = [_hash(picture) for picture in references]
+    _claim(folder, {**claim, **{k: str(v) for k, v in options.items()}})
     before = None
     for window in range(plan.num_windows):
         path = _window(folder, window)
@@ -177,6 +179,7 @@ def roll(
                 seeds=[stream_seed(seed, "roll", window)],
                 given=given,
                 image=image if window == 0 else None,
+                references=references,
                 output="latents",
                 **size,
                 **options,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 class KeptRequest(ClipRequest):
     """A request for a clip that is in memory."""
 
-    video: Tensor
+    video: Tensor = field(kw_only=True)
 
     @property
     def is_here(self) -> bool:
@@ -42,7 +42,8 @@ class KeptRequest(ClipRequest):
 
 
 def _piece(request: ClipRequest) -> tuple[Any, ...]:
-    return request.path, request.start, request.end, request.crop, request.size
+    piece = request.path, request.start, request.end, request.crop, request.size
+    return (*piece, request.references)
 
 
 class TrainingClips(ClipDataset):
@@ -63,6 +64,7 @@ class TrainingClips(ClipDataset):
             random_start=data.random_start,
             backend=data.backend,
             order=order,
+            references=config.shows_references,
         )
         self._room = 0 if data.random_start else int(data.memory_gb * 1e9)  # bytes still free
         self._kept: dict[tuple[Any, ...], Tensor] = {}
@@ -91,12 +93,18 @@ def rows_of_one_size(manifest: Manifest, data: DataConfig) -> Sequence[int]:
 
 
 def row_request(
-    manifest: Manifest, row: int, data: DataConfig, size: Size, g: int = 0
+    manifest: Manifest,
+    row: int,
+    data: DataConfig,
+    size: Size,
+    g: int = 0,
+    references: bool = False,
 ) -> ClipRequest:
     """The clip of a size at the start of a row's piece.
 
     Args:
         g: what the request is to be known by.
+        references: behind it the pictures of its subjects.
     """
     found = manifest.rows[row]
     return ClipRequest(
@@ -111,6 +119,7 @@ def row_request(
         crop=found.crop,
         position=0.0,
         backend=data.backend,
+        references=manifest.locate_references(found) if references else (),
     )
 
 
@@ -134,41 +143,57 @@ class Unread:
 
 
 class GivenRows:
-    """The clips of some rows, by place, each by itself: what cannot be read is not replaced."""
+    """The clips of some rows, by place, each by itself: what cannot be read is not replaced.
+
+    Args:
+        references: behind each clip's frames the pictures of its subjects.
+    """
 
     def __init__(
-        self, manifest: Manifest, rows: Sequence[int] | np.ndarray, data: DataConfig, size: Size
+        self,
+        manifest: Manifest,
+        rows: Sequence[int] | np.ndarray,
+        data: DataConfig,
+        size: Size,
+        references: bool = False,
     ) -> None:
         self.manifest, self.rows, self.data, self.size = manifest, rows, data, size
+        self.references = references
 
     def request(self, place: int, bad: Sequence[tuple[str, str]] = ()) -> ClipRequest | Unread:
         if bad:
             return Unread(place, f"{bad[0][0]}: {bad[0][1]}")
-        return row_request(self.manifest, int(self.rows[place]), self.data, self.size, place)
+        row = int(self.rows[place])
+        return row_request(self.manifest, row, self.data, self.size, place, self.references)
 
     def sample(self, request: Any, video: Tensor | None, bad: list[tuple[str, str]]) -> Any:
         return request, video
 
     def collate(self, samples: list[Any]) -> dict[str, Any]:
-        """Places and video (n 3 f h w) of what could be read, and (place, reason) of the others."""
+        """Places and videos (3 f h w) of what could be read, and (place, reason) of the others."""
         good = [(request.g, video) for request, video in samples if video is not None]
         return {
             "places": [place for place, _ in good],
-            "video": torch.stack([video for _, video in good]) if good else None,
+            "videos": [video for _, video in good],
             "unread": [(request.g, request.reason) for request, video in samples if video is None],
         }
 
 
 def read_rows(
-    manifest: Manifest, rows: Sequence[int], data: DataConfig, quarantine: dict[str, str]
-) -> tuple[list[int], Tensor]:
-    """The rows that can be read, and their clips, uint8 (n 3 f h w); the others are logged.
+    manifest: Manifest,
+    rows: Sequence[int],
+    data: DataConfig,
+    quarantine: dict[str, str],
+    references: bool = False,
+) -> tuple[list[int], Tensor, list[Tensor]]:
+    """The rows that can be read, their clips, uint8 (n 3 f h w), and if asked for the pictures of the
+    subjects of each, (3 k h w); the others are logged.
 
     Args:
         quarantine: as `make_loader`; with data.num_workers no file can hold up a run here either.
     """
     loader = ClipLoader(
-        GivenRows(manifest, rows, data, data.base_size),
+        GivenRows(manifest, rows, data, data.base_size, references),
         [[place] for place in range(len(rows))],
         workers=min(data.num_workers, len(rows)),
         file_seconds=data.file_seconds,
@@ -176,15 +201,17 @@ def read_rows(
         quarantine=quarantine,
     )
     size = data.base_size
-    kept, clips = [], [torch.empty(0, 3, *size, dtype=torch.uint8)]
+    kept, clips, pictures = [], [torch.empty(0, 3, *size, dtype=torch.uint8)], []
     for items in loader:
         beat()
         for _, reason in items["unread"]:
             _warn_once(reason)
-        if items["places"]:
-            kept += [rows[place] for place in items["places"]]
-            clips.append(items["video"])
-    return kept, torch.cat(clips)
+        kept += [rows[place] for place in items["places"]]
+        for video in items["videos"]:
+            clip, behind = video.tensor_split([size[0]], dim=1)
+            clips.append(clip[None])
+            pictures.append(behind)
+    return kept, torch.cat(clips), pictures
 
 
 def make_loader(

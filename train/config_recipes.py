@@ -162,6 +162,9 @@ class TasksConfig(Section):
     random: NonNegativeFloat = 0.0  # any of them
     independent: NonNegativeFloat = 0.0  # none, each with a noise level of its own
     window: NonNegativeFloat = 0.0  # the first few of a clip that has begun before
+    # Of the steps of clips that have pictures of their subjects (the manifest's `references`), those
+    # in which these are given too, whatever the task.
+    references: Share = 0.0
     # Of half of what is given, the most noise that it carries (as t), which the network is told:
     # against drift, where generated frames are given in turn.
     noise: Share = 0.0
@@ -169,12 +172,12 @@ class TasksConfig(Section):
     @property
     def weights(self) -> dict[str, float]:
         """Of the tasks that occur."""
-        return {k: v for k, v in self.model_dump(exclude={"noise"}).items() if v}
+        return {k: v for k, v in self.model_dump(exclude={"noise", "references"}).items() if v}
 
     @property
     def only_text(self) -> bool:
         """Whether nothing is ever given."""
-        return set(self.weights) == {"text"}
+        return set(self.weights) == {"text"} and not self.references
 
     @model_validator(mode="after")
     def _some_task(self) -> TasksConfig:

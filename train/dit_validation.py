@@ -3,7 +3,7 @@ task by task."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,35 +15,50 @@ from train.clips import read_rows, rows_of_one_size
 from train.config_recipes import TasksConfig
 from train.recipe import counted_noise
 from train.stills import cut_stills, num_stills
-from train.tasks import chosen_frames, draw_given, family_of, keyframe_positions, mean_asked
+from train.tasks import (
+    chosen_frames,
+    draw_given,
+    family_of,
+    keyframe_positions,
+    mean_asked,
+    reference_positions,
+)
 from train.watchdog import beat
 
 if TYPE_CHECKING:
     from train.recipe_dit import DiTRecipe
 
 NUM_T_BINS = 10
+_REFERENCES = ("references", "references_shuffled")
 TASK_LEVELS = (0.25, 0.5, 0.75, 0.95)  # of the range of t
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Manifest rows with their latents (n c f h w), of their stills (n c k h w), and token ids
-    (n m) of two captions each."""
+    """Manifest rows with their latents (n c f h w), of their stills (n c k h w) and reference pictures
+    (c k h w) each, and token ids (n m) of two captions each."""
 
     rows: list[int]
     latents: Tensor
     stills: Tensor
+    references: list[Tensor]
     ids: Tensor
     shuffled_ids: Tensor
 
     def parts(self, size: int) -> Iterator[ValidationSet]:
         """Pieces of at most `size` clips."""
         for first in range(0, len(self.rows), size):
-            cut = slice(first, first + size)
-            yield ValidationSet(
-                *(self.rows[cut], self.latents[cut], self.stills[cut]),
-                *(self.ids[cut], self.shuffled_ids[cut]),
-            )
+            yield self.take(range(first, min(first + size, len(self.rows))))
+
+    def take(self, places: Sequence[int]) -> ValidationSet:
+        """Some of the clips."""
+        index = torch.tensor(places, dtype=torch.long)
+        return ValidationSet(
+            [self.rows[place] for place in places],
+            *(self.latents[index], self.stills[index]),
+            [self.references[place] for place in places],
+            *(self.ids[index], self.shuffled_ids[index]),
+        )
 
 
 def read_validation(recipe: DiTRecipe) -> ValidationSet:
@@ -53,17 +68,23 @@ def read_validation(recipe: DiTRecipe) -> ValidationSet:
     half = len(fitting) // 2
     others = dict(zip(fitting, [*fitting[half:], *fitting[:half]]))
     share = fitting[ranks.rank :: ranks.world_size]
-    rows, video = read_rows(manifest, share, data, recipe.quarantine)
+    shown = recipe.config.shows_references
+    rows, video, pictures = read_rows(manifest, share, data, recipe.quarantine, shown)
     latents = _encoded(recipe, video, recipe.latent_shape)
     c, _, *size = recipe.latent_shape
     count = num_stills(recipe.options.tasks)
     stills = [
         _encoded(recipe, still, (c, 1, *size)) for still in cut_stills(video, rows, count)
     ] or [latents[:, :, :0]]
+    references = [
+        _encoded(recipe, each.transpose(0, 1)[:, :, None], (c, 1, *size))[:, :, 0].transpose(0, 1)
+        for each in pictures
+    ]
     right = [manifest.rows[row].captions[0] for row in rows]
     wrong = [manifest.rows[others[row]].captions[0] for row in rows]
     ids, shuffled_ids = (recipe.tokenize(texts).to(ranks.device) for texts in (right, wrong))
-    return ValidationSet(rows, latents, torch.cat(stills, dim=2), ids, shuffled_ids)
+    stills = torch.cat(stills, dim=2)
+    return ValidationSet(rows, latents, stills, references, ids, shuffled_ids)
 
 
 def _encoded(recipe: DiTRecipe, video: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -109,11 +130,14 @@ def validate(recipe: DiTRecipe, clips: ValidationSet) -> dict[str, float]:
 
 @torch.no_grad()
 def validate_tasks(recipe: DiTRecipe, clips: ValidationSet) -> dict[str, float]:
-    """The loss on what each task of the config asks for, at the same noise levels for all of them."""
-    tasks = [] if recipe.options.tasks.only_text else list(recipe.options.tasks.weights)
+    """The loss on what each task of the config asks for, at the same noise levels for all of them; that
+    of whole clips with pictures of their subjects, and with those of other clips."""
+    config = recipe.options.tasks
+    tasks = [] if config.only_text else list(config.weights)
     device, (low, high) = recipe.ranks.device, recipe.t_range
     levels = [low + (high - low) * share for share in TASK_LEVELS]
-    sums = torch.zeros(len(tasks), 2, dtype=torch.float64, device=device)
+    names = [*tasks, *_REFERENCES] if config.references else tasks
+    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
     for number, task in enumerate(tasks):
         for part in clips.parts(recipe.chunk):
             for k in range(len(levels)):
@@ -124,12 +148,47 @@ def validate_tasks(recipe: DiTRecipe, clips: ValidationSet) -> dict[str, float]:
                 losses = _task_losses(recipe, part, task, torch.tensor(own, device=device))
                 sums[number, 0] += losses.sum()
                 sums[number, 1] += len(losses)
+    for places in _by_references(clips) if config.references else ():
+        for part in clips.take(places).parts(recipe.chunk):
+            right = torch.stack(part.references)
+            for number, shown in enumerate((right, right.roll(1, dims=0)), start=len(tasks)):
+                for level in levels:
+                    beat()
+                    t = torch.full((part.latents.shape[2],), level, device=device)
+                    losses = _task_losses(recipe, part, "text", t, _clean(shown))
+                    sums[number, 0] += losses.sum()
+                    sums[number, 1] += len(losses)
     total = recipe.ranks.sum(sums).cpu()
-    return {f"val/task/{task}": (x / n).item() for task, (x, n) in zip(tasks, total)}
+    return {f"val/task/{name}": (x / n).item() for name, (x, n) in zip(names, total) if n}
 
 
-def _task_losses(recipe: DiTRecipe, part: ValidationSet, task: str, levels: Tensor) -> Tensor:
-    """Loss per clip, (n,), where what a task asks for is at the noise levels (f,)."""
+def _by_references(clips: ValidationSet) -> list[list[int]]:
+    """Places of the clips that have one reference picture, of those that have two, and so on."""
+    places: dict[int, list[int]] = {}
+    for place, pictures in enumerate(clips.references):
+        places.setdefault(pictures.shape[1], []).append(place)
+    return [places[count] for count in sorted(places) if count]
+
+
+def _clean(references: Tensor) -> BesideFrames:
+    """Latents of reference pictures (n c k h w) as they stand beside clips."""
+    positions = reference_positions(references.shape[2]).to(references.device)
+    positions = positions.expand(len(references), -1)
+    return BesideFrames(references, torch.zeros_like(positions), positions)
+
+
+def _task_losses(
+    recipe: DiTRecipe,
+    part: ValidationSet,
+    task: str,
+    levels: Tensor,
+    beside: BesideFrames | None = None,
+) -> Tensor:
+    """Loss per clip, (n,), where what a task asks for is at the noise levels (f,).
+
+    Args:
+        beside: reference pictures, of a task that has none of its own.
+    """
     device, objective = recipe.ranks.device, recipe.objective
     alone = TasksConfig(**{"text": 0.0, task: 1.0})
     num_frames = part.latents.shape[2]
@@ -138,7 +197,6 @@ def _task_losses(recipe: DiTRecipe, part: ValidationSet, task: str, levels: Tens
     noise = counted_noise(0, f"validation-{task}", part.rows, tuple(x_0.shape[1:]), device)
     asked = given.levels.isnan().to(device)
     t = torch.where(asked, levels[: asked.shape[1]], given.levels.to(device))
-    beside = None
     if given.still is not None:
         factor = recipe.vae.temporal_factor
         frames = chosen_frames(part.rows, given.still, num_frames, factor)

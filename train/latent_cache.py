@@ -39,10 +39,11 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class Shard:
-    """Which rows a shard is of, and their size."""
+    """Which rows a shard is of, their size, and how many reference pictures each has."""
 
     size: Size
     rows: np.ndarray
+    references: int
 
 
 class LatentCache(CacheFolder):
@@ -55,6 +56,7 @@ class LatentCache(CacheFolder):
         quarantine: files that are not to be touched, and why; what costs a worker is added.
         stills: single frames of each clip that are encoded by themselves, as pictures are; their
             latents lie behind the clip's. See train/tasks.py.
+        references: whether those of the pictures of its subjects lie behind these.
     Raises:
         ValueError: rows may have several sizes.
     """
@@ -67,23 +69,26 @@ class LatentCache(CacheFolder):
         dtype: str,
         quarantine: dict[str, str] | None = None,
         stills: int = 0,
+        references: bool = False,
     ) -> None:
         super().__init__(folder, "latent cache")
-        self.stills = stills
+        self.stills, self.references = stills, references
         self.manifest, self.data, self.dtype = manifest, data, dtype
         self._quarantine = {} if quarantine is None else quarantine
         self.of_row = row_sizes(manifest, data)  # index in data.sizes, -1 for rows not in training
+        self.num_references = manifest.num_references * references  # of each row
         self.shards: list[Shard] = []
         # Of each row, its shard and its place among that shard's rows.
         self.places = np.full((len(self.of_row), 2), -1, np.int64)
         for k, size in enumerate(data.sizes):
-            rows = np.flatnonzero(self.of_row == k)
             count = max(1, min(SHARD_ROWS, SHARD_PIXELS // int(np.prod(size))))
-            for first in range(0, len(rows), count):
-                part = rows[first : first + count]
-                self.places[part, 0] = len(self.shards)
-                self.places[part, 1] = np.arange(len(part))
-                self.shards.append(Shard(size, part))
+            for number in np.unique(self.num_references).tolist():
+                rows = np.flatnonzero((self.of_row == k) & (self.num_references == number))
+                for first in range(0, len(rows), count):
+                    part = rows[first : first + count]
+                    self.places[part, 0] = len(self.shards)
+                    self.places[part, 1] = np.arange(len(part))
+                    self.shards.append(Shard(size, part, number))
 
     def fingerprint(self, vae: VAE) -> dict[str, str]:
         """What the latents depend on, part by part."""
@@ -96,7 +101,8 @@ class LatentCache(CacheFolder):
             "list of clips": self._hash_clips(),
             "version of the media files": self._hash_files(),
             "transform": f"{sizes} at {data.fps:g} fps"
-            + (f", {self.stills} still(s)" if self.stills else ""),
+            + (f", {self.stills} still(s)" if self.stills else "")
+            + (", references" if self.references else ""),
             "VAE": hash_weights(vae),
             "dtype": self.dtype,
         }
@@ -105,13 +111,15 @@ class LatentCache(CacheFolder):
         """Sixteen hex digits of what is read of each row; captions and measurements do not matter."""
         digest = hashlib.sha256()
         for row in self.manifest.rows:
-            digest.update(f"{row.path!r} {row.start} {row.end} {row.crop}\n".encode())
+            pictures = f" {row.references}" if self.references and row.references else ""
+            text = f"{row.path!r} {row.start} {row.end} {row.crop}{pictures}\n"
+            digest.update(text.encode())
         return digest.hexdigest()[:16]
 
     def _hash_files(self) -> str:
         """Sixteen hex digits of local files' sizes and times of change."""
         digest = hashlib.sha256()
-        for path in dict.fromkeys(map(self.manifest.locate, self.manifest.rows)):
+        for path in self._files():
             if "://" not in path:
                 try:
                     status = os.stat(path.partition("#")[0] if ".tar#" in path else path)
@@ -119,6 +127,15 @@ class LatentCache(CacheFolder):
                     continue
                 digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:16]
+
+    def _files(self) -> dict[str, None]:
+        """All that is read, each once."""
+        found: dict[str, None] = {}
+        for row in self.manifest.rows:
+            found[self.manifest.locate(row)] = None
+            if self.references:
+                found.update(dict.fromkeys(self.manifest.locate_references(row)))
+        return found
 
     def build(self, vae: VAE, ranks: Ranks, retry: bool = False) -> None:
         """Makes the shards that are missing; every rank calls it and does its share.
@@ -149,14 +166,14 @@ class LatentCache(CacheFolder):
     def _make(self, index: int, vae: VAE, device: torch.device, bar: tqdm[Any]) -> None:
         shard, dtype = self.shards[index], _DTYPES[self.dtype]
         c, f, h, w = vae.latent_shape(*shard.size)
-        shape = (len(shard.rows), c, f + self.stills, h, w)
+        shape = (len(shard.rows), c, f + self.stills + shard.references, h, w)
         means, stds = (torch.zeros(shape, dtype=dtype) for _ in range(2))
         sums = torch.zeros(len(shard.rows), dtype=torch.int64)
         bad: dict[str, str] = {}
         batch = max(1, min(_BATCH, MAX_BATCH_CELLS // int(np.prod(shard.size))))
         numbers = [list(range(k, min(k + batch, len(sums)))) for k in range(0, len(sums), batch)]
         loader = ClipLoader(
-            GivenRows(self.manifest, shard.rows, self.data, shard.size),
+            GivenRows(self.manifest, shard.rows, self.data, shard.size, self.references),
             numbers,
             workers=self.data.num_workers,
             file_seconds=self.data.file_seconds,
@@ -168,12 +185,14 @@ class LatentCache(CacheFolder):
             beat()
             bad.update({str(shard.rows[place]): reason for place, reason in items["unread"]})
             if items["places"]:
-                video = items["video"].to(device)
+                together = torch.stack(items["videos"]).to(device)
+                video, pictures = together.tensor_split([shard.size[0]], dim=2)
+                rows = shard.rows[items["places"]].tolist()
+                stills = [*cut_stills(video, rows, self.stills), *pictures.split(1, dim=2)]
                 with torch.autocast(device.type, enabled=False):
-                    parts = [vae.encode(to_float(video))]
-                    rows = shard.rows[items["places"]].tolist()
-                    for still in cut_stills(video, rows, self.stills):
-                        parts.append(vae.encode(to_float(still)))
+                    # A picture is a clip of one frame, encoded by itself.
+                    every = [video, *(still for still in stills if still.shape[2])]
+                    parts = [vae.encode(to_float(part)) for part in every]
                 mean = torch.cat([part.mean for part in parts], dim=2).to(dtype).cpu()
                 std = torch.cat([part.std for part in parts], dim=2).to(dtype).cpu()
                 for k, place in enumerate(items["places"]):

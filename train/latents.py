@@ -66,6 +66,7 @@ def cached_latents(recipe: DiTRecipe) -> CachedLatents:
     cache = LatentCache(
         *(options.latent_cache, manifest, data, options.cache_dtype, recipe.quarantine),
         stills=num_stills(options.tasks),
+        references=recipe.config.shows_references,
     )
     recipe.vae.to(ranks.device)
     cache.build(recipe.vae, ranks)
@@ -146,10 +147,13 @@ class CachedLatents:
     def sample(
         self, request: LatentRequest, posterior: Tensor, bad: list[tuple[str, str]]
     ) -> dict[str, Any]:
-        clip, stills = posterior.tensor_split([posterior.shape[2] - self.cache.stills], dim=2)
+        behind = int(self.cache.num_references[request.row])
+        end = posterior.shape[2] - behind
+        clip, stills, references = posterior.tensor_split([end - self.cache.stills, end], dim=2)
         about = {"caption": request.caption, "row": request.row, "g": request.g, "bad": bad}
         mean, std = clip
-        return {"mean": mean, "std": std, "stills": stills, "size": request.size, **about}
+        pictures = {"stills": stills, "references": references}
+        return {"mean": mean, "std": std, **pictures, "size": request.size, **about}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         packed = self.clips.order.packed
@@ -159,8 +163,9 @@ class CachedLatents:
             "std": join([sample["std"] for sample in samples]),
             **described(samples),
         }
-        if self.cache.stills:
-            batch["stills"] = torch.stack([sample["stills"] for sample in samples])
+        for name in ("stills", "references"):
+            if samples[0][name].shape[2]:
+                batch[name] = torch.stack([sample[name] for sample in samples])
         if packed:
             batch["sizes"] = torch.tensor([sample["size"] for sample in samples])
         if self.texts is not None and self.shown is not None:

@@ -177,6 +177,8 @@ class DiTRecipe(Recipe):
     def model_info(self, provenance: dict[str, Any]) -> ModelInfo:
         tasks = () if self.options.tasks.only_text else tuple(self.options.tasks.weights)
         trained = {"tasks": tasks, "sizes": tuple(self.config.data.sizes)}
+        if self.config.shows_references:
+            trained["references"] = int(self.data.train.num_references.max(initial=0))
         info = super().model_info(provenance).model_copy(update=trained)
         if self.options.init is None:
             return info

@@ -258,7 +258,7 @@ class VAERecipe(Recipe):
             usable = rows_of_one_size(self.data.validation, self.config.data)
             rows = usable[: self.config.logging.num_val_clips]
             rows = rows[self.ranks.rank :: self.ranks.world_size]
-            _, self._validation = read_rows(
+            _, self._validation, _ = read_rows(
                 *(self.data.validation, rows, self.config.data, self.quarantine)
             )
         return self._validation
@@ -306,7 +306,7 @@ class VAERecipe(Recipe):
         sums = torch.zeros(4, self.latent_shape[0], dtype=torch.float64, device=device)
         for first in range(0, len(rows), _CHUNK):
             part = rows[first : first + _CHUNK]
-            kept, clips = read_rows(self.data.train, part, self.config.data, self.quarantine)
+            kept, clips, _ = read_rows(self.data.train, part, self.config.data, self.quarantine)
             if not kept:
                 continue
             mean, log_variance = self.vae.moments(to_float(clips.to(device)))

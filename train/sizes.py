@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
+
 from data.buckets import Size, assign_rows, bucket_rows, size_name
 from data.manifest import Manifest
 from data.native import balanced_batch, waste_of
@@ -24,16 +26,25 @@ def sample_order(manifest: Manifest, config: RunConfig, num_tokens: NumTokens) -
         ValueError: a bucket has no row, or no row has a bucket; or a clip is larger than a packed row.
     """
     data, seed, batch_size = config.data, config.seed, config.train.batch_size
+    references = manifest.num_references if config.shows_references else None
     if data.buckets:
         rows = {bucket.size: bucket.rows for bucket in bucket_rows(manifest, data.sizes, data.fps)}
         return BucketOrder(
             *(rows, given_batches(config), seed, data.shares),
             advice="set train.batch_size, or that of data.buckets, to a multiple of {}",
+            references=references,
         )
     if data.native is None:
         found = bucket_rows(manifest, [data.base_size], data.fps) if manifest.rows else []
         rows = found[0].rows if found else ()  # a plan counts without a manifest
-        return UniformOrder(rows, data.base_size, batch_size, seed)
+        size = data.base_size
+        if references is None or not references.any():
+            return UniformOrder(rows, size, batch_size, seed)
+        return BucketOrder(
+            *({size: np.asarray(rows)}, {size: batch_size}, seed),
+            advice="set train.batch_size to a multiple of {}",
+            references=references,
+        )
     rows = assign_rows(manifest, data.sizes, data.fps).rows()
     if data.packing is not None:
         tokens = {size: num_tokens(size) for size in rows}
@@ -41,6 +52,7 @@ def sample_order(manifest: Manifest, config: RunConfig, num_tokens: NumTokens) -
     return BucketOrder(
         *(rows, native_batches(config, list(rows), num_tokens), seed),
         advice="set data.native.batch_multiple to a multiple of {}",
+        references=references,
     )
 
 
@@ -128,9 +140,13 @@ def describe_sizes(
         epochs = steps * means[size] / count
         about = f"{count:,} rows, {epochs:,.1f} epochs"
         if isinstance(order, BucketOrder):
-            name, share = f"bucket {size_name(size)}", order.sequence.share(size)
+            name, share = f"bucket {size_name(size)}", order.share(size)
             batch = order.batches[size]
             what = f"of steps; {batch:,} clips, {batch * tokens:,} tokens; {about}"
+            counts = np.unique(manifest.num_references[order.rows[size]]).tolist()
+            if config.shows_references:
+                shares = [f"{order.share(size, n):.1%} with {n}" for n in counts]
+                what += f"; references: {', '.join(shares)}"
         else:
             name, share = f"size {size_name(size)}", means[size] / clips
             what = f"of clips; {tokens:,} tokens; {about}"

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from data.randomness import numpy_generator
-from dit.conditions import BesideFrames, keyframe_position
+from dit.conditions import BesideFrames, keyframe_position, reference_position
 from train.config_recipes import TasksConfig
 from train.recipe import Batch, counted_noise
 from train.stills import still_frames
@@ -181,9 +182,21 @@ def given_batch(
     elif stop == 1:
         changed["video"] = batch["video"][:, :, :1]
         changed["posterior_noise"] = batch["posterior_noise"][:, :, :1]
+    pictures = []
     if given.still is not None:
-        changed |= _beside(recipe, items, given, shape)
+        pictures.append(_still(recipe, items, given, shape))
+    if "references" in items and shows_references(tasks, seed, step):
+        pictures.append(_references(recipe, items))
+    if pictures:
+        for name, parts in pictures[0].items():
+            others = [part[name] for part in pictures[1:]]
+            changed[name] = torch.cat([parts, *others], dim=2 if parts.ndim == 5 else 1)
     return changed
+
+
+def shows_references(config: TasksConfig, seed: int, step: int) -> bool:
+    """Whether a step gives its clips' reference pictures, if they have any."""
+    return numpy_generator(seed, "references", step).random() < config.references
 
 
 def family_of(task: str) -> str:
@@ -191,35 +204,63 @@ def family_of(task: str) -> str:
     return _FAMILY_OF[task]
 
 
-def _beside(
-    recipe: DiTRecipe, items: dict[str, Any], given: Given, shape: tuple[int, ...]
-) -> Batch:
-    """The picture beside each clip: its latents, or the frame of the video that they are made of.
+def _still(recipe: DiTRecipe, items: dict[str, Any], given: Given, shape: tuple[int, ...]) -> Batch:
+    """The frame beside each clip as a picture: its latents, or what they are made of.
 
     Args:
         shape: of a clip's latents, (c f h w).
     """
     assert given.still is not None
     assert given.still_levels is not None
-    seed, device, g = recipe.config.seed, recipe.ranks.device, items["g"]
-    (c, num_frames, h, w), factor = shape, recipe.vae.temporal_factor
+    num_frames, factor = shape[1], recipe.vae.temporal_factor
     frames = chosen_frames(items["rows"], given.still, num_frames, factor)
-    each = torch.arange(len(g))
+    each = torch.arange(len(frames))
     if "stills" in items:
-        mean, std = items["stills"][each, :, :, given.still, None].to(device).float().unbind(1)
-        found = {"beside_mean": mean, "beside_std": std}
+        pictures = items["stills"][each, :, :, given.still, None]
     else:
-        found = {"beside_video": items["video"][each, :, frames, None].to(device)}
-    noise, posterior_noise = (
-        counted_noise(seed, purpose, g, (c, 1, h, w), device)
-        for purpose in ("still", "still-posterior")
-    )
+        pictures = items["video"][each, :, frames, None]
+    positions = keyframe_positions(frames, factor)
+    return _beside(recipe, items, pictures, given.still_levels[:, None], positions, "still")
+
+
+def _references(recipe: DiTRecipe, items: dict[str, Any]) -> Batch:
+    """The pictures of each clip's subjects, clean."""
+    pictures = items["references"]
+    count = pictures.shape[-3]
+    t = torch.zeros(len(pictures), count)
+    positions = reference_positions(count).expand_as(t)
+    return _beside(recipe, items, pictures, t, positions, "references")
+
+
+def _beside(
+    recipe: DiTRecipe,
+    items: dict[str, Any],
+    pictures: Tensor,
+    t: Tensor,
+    positions: Tensor,
+    purpose: str,
+) -> Batch:
+    """What stands beside each clip of a batch.
+
+    Args:
+        pictures: uint8 (b 3 k h w), or mean and standard deviation of their latents (b 2 c k h w).
+        t, positions: of each, (b k).
+        purpose: of the draws of noise.
+    """
+    seed, device, g = recipe.config.seed, recipe.ranks.device, items["g"]
+    pictures = pictures.to(device)
+    if pictures.ndim == 6:
+        mean, std = pictures.float().unbind(1)
+        found, shape = {"beside_mean": mean, "beside_std": std}, tuple(mean.shape[1:])
+    else:
+        c, _, h, w = recipe.vae.latent_shape(1, *pictures.shape[3:])
+        found, shape = {"beside_video": pictures}, (c, pictures.shape[2], h, w)
     return {
         **found,
-        "beside_noise": noise,
-        "beside_posterior_noise": posterior_noise,
-        "beside_t": given.still_levels[:, None].to(device),
-        "beside_positions": keyframe_positions(frames, factor).to(device),
+        "beside_noise": counted_noise(seed, purpose, g, shape, device),
+        "beside_posterior_noise": counted_noise(seed, f"{purpose}-posterior", g, shape, device),
+        "beside_t": t.to(device),
+        "beside_positions": positions.to(device),
     }
 
 
@@ -240,13 +281,23 @@ def keyframe_positions(frames: Sequence[int], temporal_factor: int) -> Tensor:
     return torch.tensor([[keyframe_position(frame, temporal_factor)] for frame in frames])
 
 
+def reference_positions(count: int) -> Tensor:
+    """Where the pictures of subjects lie along time, (1 k)."""
+    return torch.tensor([[float(reference_position(number)) for number in range(count)]])
+
+
 def beside_frames(recipe: DiTRecipe, batch: Batch) -> BesideFrames | None:
     """What stands beside the clips of a batch."""
     if "beside_t" not in batch:
         return None
     posterior_noise, t = batch["beside_posterior_noise"], batch["beside_t"]
     if "beside_video" in batch:
-        x_0 = recipe.encode(batch["beside_video"], posterior_noise)
+        # Each by itself, as a clip of one frame.
+        pictures, noise = (
+            rearrange(each, "b c k h w -> (b k) c 1 h w")
+            for each in (batch["beside_video"], posterior_noise)
+        )
+        x_0 = rearrange(recipe.encode(pictures, noise), "(b k) c 1 h w -> b c k h w", k=t.shape[1])
     else:
         x_0 = torch.addcmul(batch["beside_mean"], batch["beside_std"], posterior_noise)
     x_t = recipe.objective.add_noise(x_0, batch["beside_noise"], t)

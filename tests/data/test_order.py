@@ -33,7 +33,7 @@ counts_of_rows = st.lists(st.integers(1, 40), min_size=1, max_size=5)
 def orders(draw):
     rows, seed = rows_of(draw(counts_of_rows)), draw(st.integers(0, 5))
     parts = draw(st.sampled_from([1, 2, 4]))
-    kind = draw(st.sampled_from(["uniform", "given", "native", "packed"]))
+    kind = draw(st.sampled_from(["uniform", "given", "native", "packed", "references"]))
     if kind == "uniform":
         (size, of_it), *_ = rows.items()
         return UniformOrder(range(len(of_it)), size, parts * draw(st.integers(1, 5)), seed), parts
@@ -42,8 +42,14 @@ def orders(draw):
         budget = max(tokens.values()) + draw(st.integers(0, 20))
         return PackedOrder(rows, tokens, budget, parts * draw(st.integers(1, 3)), seed), parts
     batches = {size: parts * draw(st.integers(1, 6)) for size in rows}
-    shares = {size: float(draw(st.integers(1, 9))) for size in rows} if kind == "given" else None
-    return BucketOrder(rows, batches, seed, shares), parts
+    given_shares = kind == "given" or (kind == "references" and draw(st.booleans()))
+    shares = {size: float(draw(st.integers(1, 9))) for size in rows} if given_shares else None
+    references = None
+    if kind == "references":
+        num_rows = sum(map(len, rows.values()))
+        numbers = st.lists(st.integers(0, 2), min_size=num_rows, max_size=num_rows)
+        references = np.array(draw(numbers))
+    return BucketOrder(rows, batches, seed, shares, references=references), parts
 
 
 @settings(deadline=None)
@@ -150,3 +156,24 @@ def test_steps_that_cannot_be_dealt_out_are_refused():
         order.check(2, 2)
     with pytest.raises(ValueError, match=expected):
         StepSampler(order, 2, 0, 2)
+
+
+def test_rows_with_equally_many_references_share_a_step_and_all_are_seen_alike():
+    rows = rows_of([60, 30])
+    references = np.array(([0, 0, 1, 2] * 23)[:90])
+    for shares in (None, dict(zip(rows, (1.0, 2.5)))):
+        order = BucketOrder(rows, dict.fromkeys(rows, 4), 0, shares, references=references)
+        seen = Counter()
+        for step in range(6000):
+            numbers = range(order.first(step), order.first(step + 1))
+            drawn = [(size, int(found[place])) for size, found, place in map(order.draw, numbers)]
+            assert len({references[row] for _, row in drawn}) == 1
+            seen.update(drawn)
+        assert len(seen) == 90
+        for size in rows:
+            counts = [number for (of, _), number in seen.items() if of == size]
+            assert max(counts) - min(counts) <= 4
+        if shares is not None:
+            assert order.share(next(iter(rows))) == pytest.approx(1 / 3.5, abs=1e-4)
+        whole = sum(order.share(size, count) for size in rows for count in range(3))
+        assert whole == pytest.approx(1)
