@@ -130,6 +130,22 @@ def shards(
 
 
 @app.command()
+def join(
+    out: Annotated[Path, typer.Argument(help="The manifest to write: .jsonl, .csv or .parquet.")],
+    manifests: Annotated[list[str], typer.Argument(help="Manifests, or their URLs.")],
+) -> None:
+    """Make one manifest of several, whose files stay where they are."""
+    from data.join import join_manifests
+
+    done = join_manifests(out, manifests)
+    for manifest, counts in done.items():
+        left_out = f", {counts.left_out} left out that cannot be used" if counts.left_out else ""
+        left_out += f", {counts.dropped} with keep: false" if counts.dropped else ""
+        typer.echo(f"{counts.rows} rows of {manifest}{left_out}")
+    typer.echo(f"{sum(counts.rows for counts in done.values())} rows, {out}")
+
+
+@app.command()
 def index(
     shards: Annotated[list[str], typer.Argument(help="Tar shards: paths, URLs, with wildcards.")],
     out: Annotated[Path, typer.Option(help="The manifest: .jsonl, .csv or .parquet.")],

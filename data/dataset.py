@@ -34,8 +34,8 @@ _MIN_FILES = 1000
 
 
 class Sample(TypedDict):
-    """`video` is uint8 (3 f h w); `references` (3 k h w), if any; `bad` has (clip, reason) of what could
-    not be read on the way."""
+    """`video` is uint8 (3 f h w); `references` (3 k h w), if any; `bad` has (clip, reason) of what
+    could not be read on the way."""
 
     video: torch.Tensor
     references: NotRequired[torch.Tensor]

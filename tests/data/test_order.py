@@ -84,14 +84,14 @@ def test_any_ranks_and_accumulation_deal_out_the_same_counters(drawn, start):
 
 @settings(deadline=None, max_examples=50)
 @given(orders())
-def test_every_row_is_seen_once_in_each_epoch_of_its_size(drawn):
+def test_every_row_is_seen_once_in_each_epoch_of_its_bucket(drawn):
     order, _ = drawn
-    seen = {size: [] for size in order.rows}
+    seen = {}
     for g in range(3 * sum(map(len, order.rows.values())) + order.first(3)):
         size, rows, place = order.draw(g)
-        seen[size].append(rows[place])
-    for size, rows in order.rows.items():
-        n, found = len(rows), seen[size]
+        seen.setdefault((size, *rows), []).append(rows[place])
+    for (_, *rows), found in seen.items():
+        n = len(rows)
         for first in range(0, len(found) - n + 1, n):
             assert sorted(found[first : first + n]) == list(rows)
 

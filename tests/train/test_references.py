@@ -202,5 +202,5 @@ def test_the_manifest_lists_them(tmp_path):
     assert manifest.fingerprint() != read_manifest(plain).fingerprint()
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text(json.dumps({**row, "references": "x.png"}) + "\n")
-    with pytest.raises(ValueError, match="line 1: references: .*, got 'x.png'"):
+    with pytest.raises(ValueError, match=r"line 1: references: .*, got 'x.png'"):
         read_manifest(wrong)
