@@ -71,7 +71,7 @@ def test_what_is_left_out_is_said(worlds, tmp_path):
     assert done.returncode == 0, text
     assert f"1 rows of {bad}, 1 left out that cannot be used, 1 with keep: false" in text
     assert f"4 rows, {out}" in text
-    assert "bad.jsonl:2 left out: caption" in text
+    assert "bad.jsonl:2 left out: no caption" in text
 
 
 def test_mistakes(worlds, tmp_path):
