@@ -93,10 +93,11 @@ class Piece:
     start: float
     end: float | None
     crop: tuple[int, int, int, int] | None
+    references: tuple[str, ...] = ()
 
 
 def check_clip(piece: Piece, wanted: Wanted) -> Verdict:
-    """Decodes a piece, and sees whether it is enough."""
+    """Decodes a piece, and sees whether it is enough; then the pictures of its subjects."""
     info = None
     try:
         with VideoReader(piece.path, "pyav") as reader:
@@ -113,10 +114,24 @@ def check_clip(piece: Piece, wanted: Wanted) -> Verdict:
                 end=piece.end,
             )
             num_frames = reader.verify(piece.start, piece.end)
+        for path in piece.references:
+            reason = _unreadable(path)
+            if reason:
+                return Verdict(f"its reference {one_line(path)}: {reason}", info)
     except VideoReadError as error:
         return Verdict(error.reason, info)
     stop = info.duration if piece.end is None else min(piece.end, info.duration)
     return Verdict("", info, num_frames, stop - piece.start, _signature(piece.path))
+
+
+def _unreadable(path: str) -> str:
+    """Why the first picture of a file cannot be seen; empty if it can."""
+    try:
+        with VideoReader(path, "pyav") as reader:
+            reader.read_at([0.0])
+    except VideoReadError as error:
+        return error.reason
+    return ""
 
 
 def _signature(path: str) -> str:
@@ -306,7 +321,11 @@ def check_manifest(
         say(f"dropped  line {line}: {reason}")
         found.drop(reason.partition(": ")[2])
     pieces = (
-        Piece(manifest.locate(row), row.start or 0.0, row.end, row.crop) for row in manifest.rows
+        Piece(
+            *(manifest.locate(row), row.start or 0.0, row.end, row.crop),
+            manifest.locate_references(row),
+        )
+        for row in manifest.rows
     )
     number = min(workers or os.cpu_count() or 1, len(manifest.rows))
     verdicts = run_tasks(

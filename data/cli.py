@@ -146,6 +146,29 @@ def join(
 
 
 @app.command()
+def references(
+    manifest: Annotated[str, typer.Argument(help="A manifest, or its URL.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the pictures and manifest.jsonl.")],
+    keep: Annotated[float, typer.Option(help="Seconds to leave of a piece, at least.")] = 1.0,
+    apart: Annotated[float, typer.Option(help="Seconds between those and the picture.")] = 0.5,
+    workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
+) -> None:
+    """Put each clip's last frame aside as a reference picture, for recipe.tasks.references."""
+    from data.manifest import read_manifest
+    from data.references import add_references
+
+    rows = read_manifest(manifest)
+    rows.warn_of_bad_rows()
+    done = add_references(rows, out, keep=keep, apart=apart, workers=workers)
+    typer.echo(f"{done.made} rows got a picture, {done.had} had some")
+    for reason, count in sorted(done.without.items(), key=lambda found: -found[1]):
+        typer.echo(f"{count} rows without: {reason}")
+    typer.echo(out / "manifest.jsonl")
+    if not done.made + done.had:
+        raise typer.Exit(1)
+
+
+@app.command()
 def index(
     shards: Annotated[list[str], typer.Argument(help="Tar shards: paths, URLs, with wildcards.")],
     out: Annotated[Path, typer.Option(help="The manifest: .jsonl, .csv or .parquet.")],

@@ -51,14 +51,16 @@ def join_manifests(out: str | os.PathLike[str], manifests: Sequence[str]) -> dic
     found = [read_manifest(name) for name in manifests]
     for manifest in found:
         manifest.warn_of_bad_rows()
-    write_manifest(out, (row for manifest in found for row in _rows(manifest, out.parent)))
+    rows = (row for manifest in found for row in rows_seen_from(manifest, out.parent))
+    write_manifest(out, rows)
     return {
         name: Counts(len(manifest.rows), len(manifest.bad), manifest.num_dropped)
         for name, manifest in zip(manifests, found)
     }
 
 
-def _rows(manifest: Manifest, folder: Path) -> Iterator[dict[str, Any]]:
+def rows_seen_from(manifest: Manifest, folder: Path) -> Iterator[dict[str, Any]]:
+    """A manifest's rows, with paths as in a manifest in `folder`."""
     for row in manifest.rows:
         values = row.model_dump(mode="json", exclude_none=True)
         values["path"] = _seen_from(folder, row.path, manifest.locate(row))

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from data.manifest import Manifest, Row, read_manifest
+from data.manifest import Manifest, read_manifest
 from data.media import Piece, suffix_of
 from data.media_store import local_path, read_bytes, upload, version_of
 from data.video_file import VideoReadError, open_bytes, reporting
@@ -249,7 +249,7 @@ class _Writer:
         number = first
         for path, indices in self.files[first:]:
             begun = out.tell()
-            columns = [_columns(self.manifest.rows[index]) for index in indices]
+            columns = [_columns(self.manifest, index) for index in indices]
             try:
                 with closing(open_bytes(path)) as source:
                     size = source.seek(0, os.SEEK_END)
@@ -277,9 +277,13 @@ class _Writer:
         return {"next": number, "bytes": out.tell(), "over": over, "rows": rows, "bad": bad}
 
 
-def _columns(row: Row) -> dict[str, Any]:
-    """All of a row but its path, which becomes its source."""
+def _columns(manifest: Manifest, index: int) -> dict[str, Any]:
+    """All of a row but its path, which becomes its source; its references stay where they are."""
+    row = manifest.rows[index]
     columns = row.model_dump(mode="json", exclude_none=True)
+    if row.references:
+        places = manifest.locate_references(row)
+        columns["references"] = [p if "://" in p else os.path.abspath(p) for p in places]
     return columns | {"source": columns.get("source", columns.pop("path"))}
 
 

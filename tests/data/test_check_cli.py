@@ -34,6 +34,22 @@ def test_all_kept(folder):
     assert "2 of 2 clips kept, 0 dropped" in result.stdout
 
 
+def test_references_are_looked_at(folder):
+    Image.new("RGB", (8, 8)).save(folder / "x.png")
+    (folder / "y.png").write_bytes(b"no picture")
+    rows = [
+        {"path": "good.mp4", "caption": "x", "references": [name]} for name in ("x.png", "y.png")
+    ]
+    write_manifest(folder / "m.jsonl", rows)
+    command = ["data", "check", str(folder / "m.jsonl"), "--workers", "1"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    kept, dropped = result.stdout.splitlines()[:2]
+    assert kept.startswith("kept     line 1")
+    assert dropped.startswith("dropped  line 2: good.mp4: its reference ")
+    assert "y.png: " in dropped
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_dropped_clips_are_named_with_their_reason(folder, workers):
     names = ["empty.mp4", "good.mp4", "short.mp4", "missing.mp4", "cut.mp4"]

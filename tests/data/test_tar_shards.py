@@ -376,3 +376,16 @@ def test_shards_are_sharded_again(source, tmp_path):
         x for x in b if not x[0].endswith("json")
     ]
     assert read_manifest(second.manifest).rows[0].model_extra["source"] == "0 ü\n.mp4"
+
+
+def test_references_are_found_from_the_shards(source, tmp_path):
+    rows = [
+        {"path": "0 ü\n.mp4", "caption": "a", "references": ["still.PNG", "s3://b/x.png"]},
+        {"path": "1 ü\n.mp4", "caption": "b"},
+    ]
+    write_manifest(source / "m.jsonl", rows)
+    done = write_shards(source / "m.jsonl", str(tmp_path / "out"), 10**6)
+    found = read_manifest(done.manifest)
+    places = found.locate_references(found.rows[0])
+    assert places == (str(source / "still.PNG"), "s3://b/x.png")
+    assert found.rows[1].references is None

@@ -82,7 +82,7 @@ def tasks_folder(tmp_path_factory):
     model = make_model()
     tasks = ("text", "image", "first", "last", "keyframe", "random", "sides", "window")
     changes = {"num_frames": 9, "tasks": tasks, "sizes": ((9, 16, 16), (17, 16, 16))}
-    model.info = model.info.model_copy(update=changes)
+    model.info = model.info.model_copy(update={**changes, "references": 2})
     path = tmp_path_factory.mktemp("models") / "tasks"
     save_model(path, model)
     return path

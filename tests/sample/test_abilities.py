@@ -73,6 +73,9 @@ QUICK = {"steps": 2, "seeds": [5]}
         ("--image a.png", 9),
         ("--last b.png", 9),
         ("--image a.png --last b.png", 9),
+        ("--reference a.png", 9),
+        ("--reference a.png --reference b.png --image a.png", 9),
+        ("--reference a.png --extend long.mp4 --seconds 0.5", 14 + 4),
         ("--keyframe 0.5:a.png --keyframe 0.25:b.png --last a.png", 9),
         ("--extend long.mp4 --seconds 1", 14 + 8),
         ("--extend long.mp4 --seconds 0.5 --backward --given 1", 14 + 4),
@@ -84,7 +87,7 @@ QUICK = {"steps": 2, "seeds": [5]}
         ("--edit other.mp4 --strength 0.9 --mask mask.mp4", 9),
         ("--edit other.mp4 --mask mask.png", 9),
         ("--minutes 0.05", 24),
-        ("--minutes 0.04 --image a.png --given 1 --noise-level 0.1", 19),
+        ("--minutes 0.04 --image a.png --reference b.png --given 1 --noise-level 0.1", 19),
     ],
 )
 def test_each_ability(zoetrope, tasks_folder, flags, length):
@@ -179,6 +182,12 @@ def test_what_is_done_all_the_same_is_said(zoetrope, tasks_folder, flags, said):
         ("--keyframe 1:a.png --last b.png", "a --keyframe is at the last frame too"),
         ("--keyframe 0.5:a.png --keyframe 0.51:b.png", "there is another picture for that frame"),
         ("--keyframe 0.5:none.png", "--keyframe none.png: no such file"),
+        ("--reference none.png", "--reference none.png: no such file"),
+        ("--reference text.mp4", "--reference text.mp4: not a picture that can be read"),
+        (
+            "--reference a.png --reference b.png --reference a.png",
+            "3 reference picture(s), and the model was trained with at most 2",
+        ),
     ],
 )
 def test_mistakes_are_one_line(zoetrope, tasks_folder, tmp_path, flags, message):
@@ -209,6 +218,34 @@ def test_a_model_of_text_alone_says_what_it_would_need(zoetrope, folder, flags, 
     assert code != 0
     assert f"{what} needs a model that was trained for it (recipe.tasks: " in errors
     assert errors.splitlines()[-1].endswith("trained with text alone")
+
+
+def test_a_model_without_references_says_so(zoetrope, folder):
+    code, _, errors = zoetrope(folder, "--reference", "a.png")
+    assert code != 0
+    assert "1 reference picture(s), and the model was trained with none" in errors
+
+
+def test_references_stand_beside_the_clip_in_their_order(pipeline):
+    """Clean, in both branches of guidance, each in a place of its own; one a clip, or one for all."""
+    seen, whole = [], pipeline.dit.forward
+    pipeline.dit.forward = lambda *a, **k: seen.append(k["beside"]) or whole(*a, **k)
+    pictures = [torch.full((3, 16, 16), value) for value in (-0.5, 0.5)]
+    swapped = [torch.stack([pictures[k], pictures[1 - k]]) for k in (0, 1)]
+    options = {"steps": 1, "guidance": 2.0, "keyframes": {4: pictures[0]}, "seeds": [0, 0]}
+    try:
+        one = pipeline(["a", "a"], references=pictures, **options)
+        other = pipeline(["a", "a"], references=swapped, **options)
+    finally:
+        pipeline.dit.forward = whole
+    for beside in seen:
+        assert beside.positions[:, 1:].tolist() == [[-16.0, -24.0]] * len(beside.positions)
+        assert (beside.t == 0).all()
+        true = torch.cat([pipeline.encode(p[:, None]) for p in pictures], dim=2)
+        torch.testing.assert_close(beside.latents[:1, :, 1:], true)
+    assert torch.equal(one[0], one[1])
+    assert torch.equal(other[0], one[0])
+    assert not torch.allclose(other[1], one[1], atol=1e-3)
 
 
 def test_extensions_begin_where_the_video_ends(pipeline, videos):
