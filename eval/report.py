@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.files import replacing
 from eval.tables import Table
 
 _STYLE = """
@@ -25,7 +26,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
 .videos { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 1rem; }
 figure { margin: 0; }
 figcaption { font-size: .85rem; }
-video, img.pixels { width: 100%; image-rendering: pixelated; background: #eee; }
+video, img.still, img.pixels { width: 100%; image-rendering: pixelated; background: #eee; }
 img.pixels { width: auto; max-width: 100%; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: left; }
@@ -47,7 +48,7 @@ _CURVES = {
 
 @dataclass(frozen=True)
 class ReportVideo:
-    """A video on the page, and what stands under it."""
+    """A video or a .png on the page, and what stands under it."""
 
     path: Path
     prompt: str
@@ -130,15 +131,16 @@ def curves_svg(
 
 def _video_html(video: ReportVideo, page: Path, max_embedded_bytes: int) -> str:
     content = video.path.read_bytes()
+    is_picture = video.path.suffix == ".png"
     if len(content) <= max_embedded_bytes:
-        source = _data_url(content, "video/mp4")
+        source = _data_url(content, "image/png" if is_picture else "video/mp4")
     else:
         source = Path(os.path.relpath(video.path, page.parent)).as_posix()
     note = f"<br><small>{html.escape(video.note)}</small>" if video.note else ""
-    return (
-        f'<figure><video src="{html.escape(source)}" autoplay loop muted playsinline controls>'
-        f"</video><figcaption>{html.escape(video.prompt)}{note}</figcaption></figure>"
-    )
+    shown = f'<video src="{html.escape(source)}" autoplay loop muted playsinline controls></video>'
+    if is_picture:
+        shown = f'<img class="still" src="{html.escape(source)}" alt="{html.escape(video.prompt)}">'
+    return f"<figure>{shown}<figcaption>{html.escape(video.prompt)}{note}</figcaption></figure>"
 
 
 def _table_html(table: Table) -> str:
@@ -169,7 +171,7 @@ def write_report(
     Args:
         path: of the .html; its folder is made.
         title, intro: plain text.
-        videos: .mp4 files in groups; a group's name stands above it.
+        videos: .mp4 and .png files in groups; a group's name stands above it.
         tables: in order; `eval.tables` makes them from results.
         logs: name -> log.jsonl, drawn as curves; empty logs are left out.
         picture: a .png to embed, such as the contact sheet.
@@ -212,7 +214,6 @@ def write_report(
         + "\n</body>\n</html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path

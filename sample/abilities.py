@@ -172,13 +172,13 @@ class FromVideos:
 
         from sample import extend
 
-        window = extend.window_of(pipeline, options["frames"], self.given)
         seconds = 1.0 if self.seconds is None else self.seconds
         wanted = max(1, round(seconds * pipeline.info.fps))
         result, number = video, 0
         for backward in (True, False):
             if not self.both and backward != self.backward:
                 continue
+            window = extend.window_of(pipeline, options["frames"], self.given, backward=backward)
             longer, left = extend.extend_backward if backward else extend.extend_forward, wanted
             while left > 0:
                 seeds = [stream_seed(seed, "extend", number)]

@@ -25,17 +25,26 @@ class Window:
     new: int
 
 
-def window_of(pipeline: TextToVideo, frames: int, given: int | None, sides: int = 1) -> Window:
+def window_of(
+    pipeline: TextToVideo,
+    frames: int,
+    given: int | None,
+    sides: int = 1,
+    backward: bool = False,
+) -> Window:
     """The latent frames of a clip of `frames`: those given on each of its sides, and the new ones.
 
     Args:
-        given: on each side; None: half of the clip.
+        given: on each side; None: half of the clip, but where it is the beginning two at least, since
+            the first is of one frame, in which nothing moves.
+        backward: the end is given.
     Raises:
         ValueError: nothing would be new, or nothing given.
     """
     info = pipeline.info
     total = pipeline.latent_shape(frames, info.height, info.width)[1]
-    shown = max(1, total // (2 * sides)) if given is None else given
+    least = 2 if sides == 1 and not backward and total > 2 else 1
+    shown = max(least, total // (2 * sides)) if given is None else given
     if total <= sides:
         raise ValueError(
             f"clips of {frames} frames, {total} latent ones, are too short to be given something on "

@@ -13,6 +13,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from train.demo_abilities import pages, sample_examples
+
+LAWS = ("uniform", "collision", "parabola")
 PROMPT_SEED = 2_000  # of the scenes shown on the page; scores use eval's own seed
 
 
@@ -23,10 +26,11 @@ class Size:
     out: Path
     vae: Path
     dit: Path
-    clips: int
-    held_out: int
+    clips: dict[str, int]  # for training, by scenario of the world
+    held_out: dict[str, int]
     prompts: int
     minutes: tuple[float, ...]  # per step
+    long_minutes: float = 1.0  # of the longest video
 
 
 SIZES = {
@@ -34,19 +38,20 @@ SIZES = {
         out=Path("runs/demo"),
         vae=Path("configs/world/vae.yaml"),
         dit=Path("configs/world/dit.yaml"),
-        clips=20_000,
-        held_out=512,
+        clips={"shapes": 12_000, "subjects": 7_000, "bounces": 4_000, **dict.fromkeys(LAWS, 700)},
+        held_out={"subjects": 64, "bounces": 32, "shapes": 160},
         prompts=300,
-        minutes=(1, 2, 16, 0.3, 1.5, 0.1),
+        minutes=(1, 2, 18, 0.3, 1.5, 1.5, 0.1),
     ),
     "tiny": Size(
         out=Path("runs/demo-tiny"),
         vae=Path("configs/world/tiny-vae.yaml"),
         dit=Path("configs/world/tiny-dit.yaml"),
-        clips=128,
-        held_out=16,
+        clips={"shapes": 96, "subjects": 32, "bounces": 16, **dict.fromkeys(LAWS, 16)},
+        held_out={"subjects": 8, "shapes": 8},
         prompts=8,
-        minutes=(0.1, 0.3, 0.4, 0.2, 0.2, 0.1),
+        minutes=(0.2, 0.3, 0.4, 0.2, 0.2, 0.3, 0.1),
+        long_minutes=0.05,
     ),
 }
 
@@ -69,13 +74,32 @@ def run(*command: str) -> None:
         raise SystemExit(code if code > 0 else 128 - code)
 
 
+def run_here(*command: str) -> None:
+    """A `zoetrope` command in this process, for many short ones: what they import takes seconds.
+
+    Raises:
+        SystemExit: as `run`.
+    """
+    from train.cli import main as zoetrope
+
+    print(f"$ {shlex.join(command)}", flush=True)
+    try:
+        zoetrope(command[1:])
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
 def render(size: Size) -> None:
-    """The training clips, and held-out ones for validation."""
-    for split, clips, seed in (("train", size.clips, 1), ("held-out", size.held_out, 2)):
-        folder = str(size.out / "world" / split)
-        options = {"--clips": clips, "--seed": seed, "--split": split, "--level": 1}
-        flat = [str(x) for pair in options.items() for x in pair]
-        run("zoetrope", "data", "world", folder, *flat)
+    """The clips for training, and those for validation, of several scenarios in one manifest."""
+    for split, scenarios, seed in (("train", size.clips, 1), ("held-out", size.held_out, 2)):
+        folder, manifests = size.out / "world" / split, []
+        for scenario, clips in scenarios.items():
+            options = {"--clips": clips, "--seed": seed, "--split": split, "--scenario": scenario}
+            flat = [str(x) for pair in options.items() for x in pair]
+            run_here("zoetrope", "data", "world", str(folder / scenario), *flat)
+            manifests.append(str(folder / scenario / "manifest.jsonl"))
+        run_here("zoetrope", "data", "join", str(folder / "manifest.jsonl"), *manifests)
 
 
 def torchrun(config: Path) -> None:
@@ -125,6 +149,11 @@ def score(size: Size) -> None:
         run("zoetrope", "eval", str(model), *flat, "-o", str(scores))
 
 
+def abilities(size: Size) -> None:
+    """One example of each."""
+    sample_examples(size.out / "model", size.out / "abilities", run_here, size.long_minutes)
+
+
 def report(size: Size) -> None:
     """The page that shows all of it."""
     from eval.report import ReportVideo, write_report
@@ -136,14 +165,20 @@ def report(size: Size) -> None:
         ReportVideo(out / "samples" / f"sample-{i:03d}.mp4", prompt)
         for i, prompt in enumerate(prompts)
     ]
+    given = [ReportVideo(path, text, note) for path, text, note in pages(out / "abilities")]
     splits = ("held-out", "combinations")
     results = [json.loads((out / f"scores-{split}.json").read_text()) for split in splits]
     write_report(
         out / "report.html",
         title="Zoetrope: videos that this machine learned to make from text",
         intro="A video VAE and a diffusion transformer, trained from nothing on the procedural "
-        "world (level 1: one object, straight motions in four directions, 32x32 pixels).",
-        videos={"Prompts never used in training": videos[:12], "Pairs never seen": videos[12:]},
+        "world (32x32 pixels: objects that move straight or bounce, textured subjects with pictures of "
+        "them, three laws of motion), on text and on all else that it is given below.",
+        videos={
+            "Prompts never used in training": videos[:12],
+            "Pairs never seen": videos[12:],
+            "Given more than a prompt": given,
+        },
         tables=[score_table(result) for result in results],
         logs={"VAE": out / "vae" / "log.jsonl", "DiT": out / "dit" / "log.jsonl"},
         picture=out / "contact-sheet.png",
@@ -178,6 +213,10 @@ def main(name: str = "world") -> None:
         ("train the diffusion transformer", lambda: train_dit(size)),
         ("sample prompts never used in training", lambda: sample(size)),
         ("score them", lambda: score(size)),
+        (
+            "animate, extend, connect, loop, edit, show a subject, go on for a minute",
+            lambda: abilities(size),
+        ),
         ("write the report", lambda: report(size)),
     )
     for i, (title, step) in enumerate(steps):

@@ -168,6 +168,9 @@ def given_batch(
     """
     tasks, seed, device = recipe.options.tasks, recipe.config.seed, recipe.ranks.device
     g, shape = items["g"], batch["noise"].shape[1:]
+    shown = "references" in items and shows_references(tasks, seed, step)
+    if shown and alone(seed, step):
+        tasks = TasksConfig(noise=tasks.noise)
     given = draw_given(tasks, seed, g, shape[1], draw_family(tasks, seed, step))
     start, stop = given.frames
     cut = (shape[0], stop - start, *shape[2:])
@@ -185,7 +188,7 @@ def given_batch(
     pictures = []
     if given.still is not None:
         pictures.append(_still(recipe, items, given, shape))
-    if "references" in items and shows_references(tasks, seed, step):
+    if shown:
         pictures.append(_references(recipe, items))
     if pictures:
         for name, parts in pictures[0].items():
@@ -197,6 +200,12 @@ def given_batch(
 def shows_references(config: TasksConfig, seed: int, step: int) -> bool:
     """Whether a step gives its clips' reference pictures, if they have any."""
     return numpy_generator(seed, "references", step).random() < config.references
+
+
+def alone(seed: int, step: int) -> bool:
+    """Whether a step that gives reference pictures gives nothing else, as every other one does: what is
+    given of a clip shows its subjects, and so would teach little of the pictures."""
+    return numpy_generator(seed, "references alone", step).random() < 0.5
 
 
 def family_of(task: str) -> str:

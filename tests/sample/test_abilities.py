@@ -293,10 +293,13 @@ def test_connections_see_both_videos(pipeline, videos):
 
 @pytest.mark.parametrize(
     ("frames", "given", "sides", "expected"),
-    [(9, None, 1, (1, 2)), (9, 2, 1, (2, 1)), (17, None, 1, (2, 3)), (17, None, 2, (1, 3))],
+    [(9, None, 1, (2, 1)), (9, 1, 1, (1, 2)), (5, None, 1, (1, 1)), (17, None, 2, (1, 3))],
 )
 def test_windows(pipeline, frames, given, sides, expected):
     assert window_of(pipeline, frames, given, sides) == Window(*expected)
+    if sides == 1:
+        half = window_of(pipeline, frames, given, backward=True)
+        assert half.given == (given or (expected[0] + expected[1]) // 2)
 
 
 def test_little_strength_changes_little(pipeline, videos):

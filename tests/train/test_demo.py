@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from train import demo as demo_module
+from train.demo_abilities import examples
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,10 +22,15 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
     done = demo(tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     out = tmp_path / "runs" / "demo-tiny"
-    assert "[6/6]" in done.stdout
+    assert "[7/7]" in done.stdout
     assert str(out / "report.html") in done.stdout
     page = (out / "report.html").read_text()
-    assert page.count("<video") == 16
+    made = [out / "abilities" / example.name for example in examples()]
+    assert all(path.stat().st_size for path in made)
+    given = [name for example in examples() for name in example.inputs]
+    videos = sum(name.endswith(".mp4") for name in [*given, *(path.name for path in made)])
+    assert page.count("<video") == 16 + videos
+    assert page.count('<img class="still"') == len(given) + len(made) - videos
     assert "all four together" in page
     assert (out / "contact-sheet.png").read_bytes()[:4] == b"\x89PNG"
     for split in ("held-out", "combinations"):
@@ -52,6 +58,7 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
     again = capsys.readouterr().out
     assert again.count("steps are done already") == 2
     assert again.count("this model is scored already") == 2
+    assert again.count("there already") == len(made)
     assert (out / "model" / "dit.safetensors").read_bytes() == weights
 
 

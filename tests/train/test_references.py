@@ -17,7 +17,7 @@ from sample.model import load_model
 from tests.train.test_tasks import items_of, recipe_of
 from train.config_file import load_config
 from train.logs import read_log
-from train.tasks import shows_references
+from train.tasks import alone, shows_references
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +94,16 @@ def test_they_stand_beside_the_clip_in_their_own_places(room, subjects, tmp_path
     tasks = {"text": 0.0, task: 1.0, "references": 1.0, "noise": 0.5}
     recipe = recipe_of(room, tmp_path, subjects, tasks)
     found = set()
-    for step in range(12):
+    for step in range(16):
         items, beside, batch = seen_by(recipe, step)
         pictures = items.get("references")
         own = int(task == "keyframe")
         count = 0 if pictures is None else pictures.shape[2]
         found.add(count)
+        if count and alone(recipe.config.seed, step):  # nothing else is given
+            assert batch["asked"].all()
+            assert batch["asked"].shape[1] == 3
+            own = 0
         if count + own == 0:
             assert beside is None
             continue
@@ -110,11 +114,11 @@ def test_they_stand_beside_the_clip_in_their_own_places(room, subjects, tmp_path
         assert (beside.t[:, own:] == 0).all()  # clean, whatever else is noised
         # Each as the VAE has it by itself.
         for k in range(count):
-            alone = recipe.encode(
+            by_itself = recipe.encode(
                 pictures[:, :, k, None], batch["beside_posterior_noise"][:, :, own + k, None]
             )
             torch.testing.assert_close(
-                beside.latents[:, :, own + k, None], alone, rtol=1e-5, atol=1e-5
+                beside.latents[:, :, own + k, None], by_itself, rtol=1e-5, atol=1e-5
             )
     assert found == {0, 1, 2}
 
