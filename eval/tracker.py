@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -48,8 +49,8 @@ class Blob:
 class Track:
     """One object over a clip; names are None where the pixels say nothing clear.
 
-    radius: of the circle of equal area, pixels. position: (f, 2) pixels, x then y, NaN in frames
-    where the object was not found.
+    radius: of the circle of equal area, pixels. position: (f, 2) pixels, x then y, and colours: (f, 3)
+    RGB, 0 to 255; both NaN in frames where the object was not found.
     """
 
     colour: str | None
@@ -58,6 +59,7 @@ class Track:
     motion: str | None
     radius: float
     position: np.ndarray
+    colours: np.ndarray
 
     @property
     def found(self) -> np.ndarray:
@@ -83,16 +85,21 @@ class Track:
         return float(np.nanmax(steps, initial=0.0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sighting:
-    """What a clip shows. counts: objects in each frame. tracks: the most present first."""
+    """What a clip shows. counts: objects in each frame. tracks: the most present first.
+
+    backgrounds: (f, 3) RGB, 0 to 255.
+    """
 
     background: str | None
     counts: tuple[int, ...]
     tracks: tuple[Track, ...]
+    backgrounds: np.ndarray
 
 
-def _name(colour: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str | None:
+def name_of(colour: np.ndarray, names: Mapping[str, tuple[int, int, int]]) -> str | None:
+    """The name of the colour (3,) nearest to one, None where none is near."""
     distances = {n: float(np.linalg.norm(colour - np.asarray(c))) for n, c in names.items()}
     nearest = min(distances, key=distances.__getitem__)
     return nearest if distances[nearest] <= _NAMED else None
@@ -118,15 +125,20 @@ def _split(distance: np.ndarray, blob: np.ndarray, min_area: float) -> list[np.n
     return [blob]
 
 
-def find_blobs(frame: np.ndarray, background: np.ndarray) -> list[Blob]:
+def find_blobs(
+    frame: np.ndarray, background: np.ndarray, *, least_radius: float | None = None
+) -> list[Blob]:
     """The objects in one frame.
 
     Args:
         frame: (h w 3), 0 to 255.
         background: its colour, (3,).
+        least_radius: of the smallest object (the circle of equal area), pixels; None: that of the
+            world's small shapes.
     """
     height = frame.shape[0]
-    unit = math.pi * (min(SIZES.values()) * height) ** 2
+    least = min(SIZES.values()) * height if least_radius is None else least_radius
+    unit = math.pi * least**2
     offset = frame - background
     distance = np.linalg.norm(offset, axis=-1)
     masks: list[np.ndarray] = []
@@ -157,8 +169,8 @@ def find_blobs(frame: np.ndarray, background: np.ndarray) -> list[Blob]:
 def _link(frames: list[list[Blob]]) -> list[list[Blob | None]]:
     """Blobs into tracks, one entry per frame: each goes to the track last seen nearest to it."""
     tracks: list[list[Blob | None]] = []
+    last: list[Blob] = []
     for k, blobs in enumerate(frames):
-        last = [next(b for b in reversed(t) if b is not None) for t in tracks]
         rest = set(range(len(blobs)))
         if last and blobs:
             cost = np.array(
@@ -174,8 +186,10 @@ def _link(frames: list[list[Blob]]) -> list[list[Blob | None]]:
             )
             for i, j in zip(*linear_sum_assignment(cost)):
                 tracks[i].append(blobs[j])
+                last[i] = blobs[j]
                 rest.discard(int(j))
         tracks += [[None] * k + [blobs[j]] for j in sorted(rest)]
+        last += [blobs[j] for j in sorted(rest)]
         for t in tracks:
             if len(t) == k:
                 t.append(None)
@@ -186,7 +200,8 @@ def _describe(seen: list[Blob | None], height: int, width: int, fps: float) -> T
     blobs = [b for b in seen if b is not None]
     fit = fit_shape(np.stack([b.alpha for b in blobs]), np.stack([b.centre for b in blobs]))
     position = np.stack([np.full(2, np.nan) if b is None else b.centre for b in seen])
-    colour, votes = Counter(_name(b.colour, COLOURS) for b in blobs).most_common(1)[0]
+    colours = np.stack([np.full(3, np.nan) if b is None else b.colour for b in seen])
+    colour, votes = Counter(name_of(b.colour, COLOURS) for b in blobs).most_common(1)[0]
     track = Track(
         colour=colour if votes >= _AGREE * len(blobs) else None,
         shape=fit.shape,
@@ -194,6 +209,7 @@ def _describe(seen: list[Blob | None], height: int, width: int, fps: float) -> T
         motion=None,
         radius=fit.radius,
         position=position,
+        colours=colours,
     )
     path = track.path
     if path is None:
@@ -217,7 +233,7 @@ def track(video: np.ndarray, fps: float) -> Sighting:
     _, height, width, _ = video.shape
     clip = video.astype(np.float64)
     backgrounds = np.median(clip, axis=(1, 2))
-    names = {_name(b, BACKGROUNDS) for b in backgrounds}
+    names = {name_of(b, BACKGROUNDS) for b in backgrounds}
     frames = [find_blobs(frame, b) for frame, b in zip(clip, backgrounds)]
     tracks = [_describe(seen, height, width, fps) for seen in _link(frames)]
     # Most present, then largest, first.
@@ -226,4 +242,5 @@ def track(video: np.ndarray, fps: float) -> Sighting:
         background=names.pop() if len(names) == 1 else None,
         counts=tuple(len(blobs) for blobs in frames),
         tracks=tuple(tracks),
+        backgrounds=backgrounds,
     )
