@@ -1,0 +1,19 @@
+"""The parts of the world suite beside text to video, one for each ability of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from eval.world_physics import score_physics
+from eval.world_suite import Progress, WorldSettings
+
+if TYPE_CHECKING:
+    from sample.pipeline import TextToVideo
+
+# Each gives what `eval.tables.score_table` shows.
+PARTS: dict[str, Callable[[TextToVideo, WorldSettings, Progress | None], dict[str, Any]]] = {
+    "physics": score_physics,
+}
+# How many scenes, where nothing is said; 200 for the others.
+DEFAULT_NUM: dict[str, int] = {}
