@@ -32,6 +32,7 @@ class Part(StrEnum):
 
     text = "text"
     physics = "physics"
+    extension = "extension"
 
 
 class PixelRange(StrEnum):
@@ -67,9 +68,7 @@ ManifestPath = Annotated[
 Wanted = Annotated[
     Suite, typer.Option(help="world: prompts scored by a tracker; vae: what a VAE loses.")
 ]
-Num = Annotated[
-    int | None, typer.Option(help="How many clips; default 200, fewer of --part minute.")
-]
+Num = Annotated[int | None, typer.Option(help="How many clips; default 200 (extension: 50).")]
 Level = Annotated[
     int | None, typer.Option(help="The world's level of difficulty, 1 to 4; default 1.")
 ]

@@ -34,6 +34,13 @@ _FIGURES = {
     "velocity_error_units": "velocity error, units/s",
     "velocity_error_after": "velocity error after the contact, units/s",
     "found": "found, share of frames",
+    "jump": "jump in position, px",
+    "velocity_change": "change of velocity, px/frame",
+    "position_error": "distance from where it should be, px",
+    "object_jump": "jump of the object's colour, of 255",
+    "background_jump": "jump of the background's colour, of 255",
+    "colour_kept": "colour kept",
+    "shape_kept": "shape kept",
 }
 _COLUMNS = {
     "generated": "generated",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from eval.world_extension import score_extension
 from eval.world_physics import score_physics
 from eval.world_suite import Progress, WorldSettings
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 # Each gives what `eval.tables.score_table` shows.
 PARTS: dict[str, Callable[[TextToVideo, WorldSettings, Progress | None], dict[str, Any]]] = {
     "physics": score_physics,
+    "extension": score_extension,
 }
-# How many scenes, where nothing is said; 200 for the others.
-DEFAULT_NUM: dict[str, int] = {}
+# How many scenes, where nothing is said, of parts that make one clip at a time; 200 of the others.
+DEFAULT_NUM = {"extension": 50}
