@@ -33,6 +33,7 @@ class Part(StrEnum):
     text = "text"
     physics = "physics"
     extension = "extension"
+    minute = "minute"
 
 
 class PixelRange(StrEnum):
@@ -68,7 +69,9 @@ ManifestPath = Annotated[
 Wanted = Annotated[
     Suite, typer.Option(help="world: prompts scored by a tracker; vae: what a VAE loses.")
 ]
-Num = Annotated[int | None, typer.Option(help="How many clips; default 200 (extension: 50).")]
+Num = Annotated[
+    int | None, typer.Option(help="How many clips; default 200 (extension 50, minute 8).")
+]
 Level = Annotated[
     int | None, typer.Option(help="The world's level of difficulty, 1 to 4; default 1.")
 ]

@@ -41,6 +41,9 @@ _FIGURES = {
     "background_jump": "jump of the background's colour, of 255",
     "colour_kept": "colour kept",
     "shape_kept": "shape kept",
+    "colour_drift": "drift of the colour, of 441",
+    "speed_drift": "drift of the speed, as a share",
+    "speed_ratio": "speed, as a share of the first",
 }
 _COLUMNS = {
     "generated": "generated",

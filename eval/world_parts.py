@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from eval.world_extension import score_extension
+from eval.world_minute import score_minute
 from eval.world_physics import score_physics
 from eval.world_suite import Progress, WorldSettings
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 PARTS: dict[str, Callable[[TextToVideo, WorldSettings, Progress | None], dict[str, Any]]] = {
     "physics": score_physics,
     "extension": score_extension,
+    "minute": score_minute,
 }
 # How many scenes, where nothing is said, of parts that make one clip at a time; 200 of the others.
-DEFAULT_NUM = {"extension": 50}
+DEFAULT_NUM = {"extension": 50, "minute": 8}

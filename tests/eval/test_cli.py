@@ -111,6 +111,20 @@ def test_a_part_prints_a_table_and_notes_and_writes_json(able, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("part", "row"),
+    [
+        ("extension", "connection: distance from where it should be, px"),
+        ("minute", "50 to 60 s: drift of the colour, of 441"),
+    ],
+)
+def test_parts_of_longer_videos(able, part, row):
+    result = run(able, "--part", part, "--num", 1, "--steps", 1, "--guidance", 1)
+    assert result.exit_code == 0, result.output
+    assert row in result.stdout
+    assert f"world suite, {part}: 1 " in result.stdout
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--level", 2], "--level goes with --part text"),
