@@ -346,8 +346,8 @@ def _notes(cases: Sequence[Case]) -> list[str]:
     for case in cases:
         given = " and ".join(str(last - first) for first, last in case.kept)
         lines.append(
-            f"{case.name}: {given} frames given, {case.new[1] - case.new[0]} made, in windows of "
-            f"{case.window.given} latent frames given{' on each side' * (case.name in _SIDES)} and "
+            f"{case.name}: {given} frames given, {case.new[1] - case.new[0]} made; latent frames of a "
+            f"window: {case.window.given} given{' on each side' * (case.name in _SIDES)}, "
             f"{case.window.new} new"
         )
     if not any(case.straight for case in cases):

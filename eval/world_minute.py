@@ -42,8 +42,8 @@ _PIECE = 64  # frames rendered at once
 class Course:
     """What a video shows, frame by frame.
 
-    right: exactly one object, of the right colour, (f,) bool. colours: of the largest object, (f, 3)
-    RGB, and position: (f, 2) pixels, x then y; both NaN where there is none.
+    right: exactly one object, of the right colour, (f,) bool. colours: of the object, (f, 3) RGB, and
+    position: (f, 2) pixels, x then y; both NaN where there is none, or more than one.
     """
 
     right: np.ndarray
@@ -61,10 +61,8 @@ def follow(chunks: Iterable[np.ndarray], colour: str) -> Course:
     for chunk in chunks:
         for frame in chunk.astype(np.float64):
             blobs = find_blobs(frame, np.median(frame, axis=(0, 1)))
-            blob = max(blobs, key=lambda b: b.area, default=None)
-            right.append(
-                blob is not None and len(blobs) == 1 and name_of(blob.colour, COLOURS) == colour
-            )
+            blob = blobs[0] if len(blobs) == 1 else None
+            right.append(blob is not None and name_of(blob.colour, COLOURS) == colour)
             colours.append(np.full(3, np.nan) if blob is None else blob.colour)
             position.append(np.full(2, np.nan) if blob is None else blob.centre)
     return Course(np.array(right), np.array(colours), np.array(position))
@@ -85,7 +83,8 @@ def _speed(position: np.ndarray) -> float | None:
 def measure(course: Course, fps: float, every: float) -> dict[str, float]:
     """Figures of one video: of all of it, and of every stretch of `every` seconds.
 
-    What an object that is not there has no figure for is left out. The last stretch may be shorter.
+    A stretch that shows a single object in less than half of its frames has no drift; its permanence
+    says that it is so. The last stretch may be shorter.
     """
     frames = len(course.right)
     figures = {"permanence": float(course.right.mean())}
@@ -220,7 +219,8 @@ def score_minute(
         notes=[
             f"{frames} frames in {plan.num_windows} windows, each of {plan.length} latent frames, of "
             f"which {plan.given} are given",
-            "permanence: share of frames with exactly one object, of the colour asked for",
+            "permanence: share of frames with exactly one object, of the colour asked for; drifts are "
+            f"of stretches that show one object in {_LEAST:.0%} of their frames or more",
             f"colour: RGB distance from its mean in the first {FIRST:g} s; speed: the median of a "
             f"stretch over that of the first {every:g} s",
         ],

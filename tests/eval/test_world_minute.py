@@ -125,7 +125,11 @@ def test_a_second_object_and_another_colour_are_not_right():
     corner = {"position": 32 - item.position, "colour": other}
     two = render(replace(scene, objects=(item, replace(item, **corner))))
     seen = follow([two], item.colour)
-    assert not seen.right[np.abs(item.position - 16).max(axis=1) > 8].any()
+    apart = np.abs(item.position - 16).max(axis=1) > 8
+    assert apart.any()
+    assert not seen.right[apart].any()
+    assert np.isnan(seen.colours[apart]).all()
+    assert np.isnan(seen.position[apart]).all()
     assert not follow([0 * video], item.colour).right.any()
 
 
