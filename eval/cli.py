@@ -34,6 +34,7 @@ class Part(StrEnum):
     physics = "physics"
     extension = "extension"
     minute = "minute"
+    identity = "identity"
 
 
 class PixelRange(StrEnum):

@@ -31,6 +31,13 @@ _FIGURES = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
     # Of the parts of the world suite, where a group may stand before a figure: "GROUP: NAME".
+    "identity": "the right one of 100",
+    "own_motion": "both right, each with its own motion",
+    "binding": "which of the two has which motion",
+    "copied_background": "background of a reference",
+    "textured": "shows a texture",
+    "object_found": "object found, share of clips",
+    "outside": "largest change outside the object's box, of 255",
     "velocity_error_units": "velocity error, units/s",
     "velocity_error_after": "velocity error after the contact, units/s",
     "found": "found, share of frames",
@@ -87,7 +94,8 @@ def score_table(results: Mapping[str, Any]) -> Table:
     """A table of what `run_world_suite`, a part of `eval.world_parts`, `score_manifest` or
     `run_vae_suite` returned."""
     scores = results["scores"]
-    columns = [name for name in _COLUMNS if name in scores]
+    known = {**results.get("columns", {}), **_COLUMNS}
+    columns = [name for name in known if name in scores]
     guesses = results.get("chance") or {}
     rows = []
     for figure, label in _figures(scores):
@@ -103,7 +111,7 @@ def score_table(results: Mapping[str, Any]) -> Table:
     head = [
         "",
         *([results.get("chance_is", "chance")] if guesses else []),
-        *(_COLUMNS[name] for name in columns),
+        *(known[name] for name in columns),
     ]
     facts = [f"{results['num']} {results.get('num_is', 'clips')}"]
     facts += [f"{name} {results[name]}" for name in ("level", "split", "seed") if name in results]

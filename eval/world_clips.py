@@ -84,6 +84,7 @@ def part_results(
         chance: by figure, what a guess or a baseline gets; chance_is: which, in a few words.
         num_is: what there are `settings.num` of.
         notes: lines to read beside the table.
+        more: what else to keep; `columns` names columns of the part's own.
     """
     info = pipeline.info
     return {

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.world_extension import score_extension
 from eval.world_minute import score_minute
+from eval.world_identity import score_identity
 from eval.world_physics import score_physics
 from eval.world_suite import Progress, WorldSettings
 
@@ -18,6 +19,7 @@ PARTS: dict[str, Callable[[TextToVideo, WorldSettings, Progress | None], dict[st
     "physics": score_physics,
     "extension": score_extension,
     "minute": score_minute,
+    "identity": score_identity,
 }
 # How many scenes, where nothing is said, of parts that make one clip at a time; 200 of the others.
 DEFAULT_NUM = {"extension": 50, "minute": 8}
