@@ -35,6 +35,7 @@ class Part(StrEnum):
     extension = "extension"
     minute = "minute"
     identity = "identity"
+    edit = "edit"
 
 
 class PixelRange(StrEnum):

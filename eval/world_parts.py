@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from eval.world_edit import score_edit
 from eval.world_extension import score_extension
 from eval.world_minute import score_minute
 from eval.world_identity import score_identity
@@ -20,6 +21,7 @@ PARTS: dict[str, Callable[[TextToVideo, WorldSettings, Progress | None], dict[st
     "extension": score_extension,
     "minute": score_minute,
     "identity": score_identity,
+    "edit": score_edit,
 }
 # How many scenes, where nothing is said, of parts that make one clip at a time; 200 of the others.
 DEFAULT_NUM = {"extension": 50, "minute": 8}
