@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from eval.world_edit import score_edit
 from eval.world_extension import score_extension
-from eval.world_minute import score_minute
 from eval.world_identity import score_identity
+from eval.world_minute import score_minute
 from eval.world_physics import score_physics
 from eval.world_suite import Progress, WorldSettings
 
