@@ -27,6 +27,17 @@ class Suite(StrEnum):
     vae = "vae"
 
 
+class Part(StrEnum):
+    """The abilities that the world suite measures; those but `text` are in `eval.world_parts`."""
+
+    text = "text"
+    physics = "physics"
+    extension = "extension"
+    minute = "minute"
+    identity = "identity"
+    edit = "edit"
+
+
 class PixelRange(StrEnum):
     """What a video network takes as pixels."""
 
@@ -60,7 +71,9 @@ ManifestPath = Annotated[
 Wanted = Annotated[
     Suite, typer.Option(help="world: prompts scored by a tracker; vae: what a VAE loses.")
 ]
-Num = Annotated[int, typer.Option(help="How many clips.")]
+Num = Annotated[
+    int | None, typer.Option(help="How many clips; default 200 (extension 50, minute 8).")
+]
 Level = Annotated[
     int | None, typer.Option(help="The world's level of difficulty, 1 to 4; default 1.")
 ]
@@ -73,6 +86,10 @@ BatchSize = Annotated[
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="A .json file.")]
 
 _WORLD: dict[str, Any] = {"rich_help_panel": "With --suite world"}
+WantedPart = Annotated[
+    Part | None,
+    typer.Option(help="What the model is given and asked for; default text.", **_WORLD),
+]
 Steps = Annotated[int | None, typer.Option(help="Sampler steps.", **_WORLD)]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale, 1 for none.", **_WORLD)]
 WantedSampler = Annotated[
@@ -122,7 +139,8 @@ def evaluate(
     model: ModelPath,
     manifest: ManifestPath = None,
     suite: Wanted = Suite.world,
-    num: Num = 200,
+    part: WantedPart = None,
+    num: Num = None,
     level: Level = None,
     split: Split = None,
     seed: Seed = None,
@@ -148,21 +166,18 @@ def evaluate(
     """Score a model on unseen scenes, or VAEs on clips, every figure with N and a 95% interval.
 
     The same words may describe a training clip; --avoid leaves out prompts that do."""
-    from eval.world_suite import WorldSettings
-
     if output is not None:
         _check_writable(output)
     scenes: dict[str, Any] = {"level": level, "split": split, "seed": seed}
     scenes = {name: value for name, value in scenes.items() if value is not None}
-    settings = WorldSettings(
-        **scenes,
-        num=num,
-        steps=steps,
-        guidance=guidance,
-        sampler=None if sampler is None else sampler.value,
-        batch_size=32 if batch_size is None else batch_size,
-    )
-    of_the_world = {"steps": steps, "guidance": guidance, "sampler": sampler, "avoid": avoid}
+    settings = _settings(part, num, batch_size, steps, guidance, sampler, scenes)
+    of_the_world = {
+        "part": part,
+        "steps": steps,
+        "guidance": guidance,
+        "sampler": sampler,
+        "avoid": avoid,
+    }
     of_vaes: dict[str, Any] = {
         "manifest": manifest,
         "against": against,
@@ -188,13 +203,51 @@ def evaluate(
         results, text = _vae_suite(model, settings, {**given, "batch_size": batch_size}, device)
     else:
         _refuse(of_vaes, Suite.vae)
-        results, text = _world_suite(model, settings, avoid, device)
+        if part not in (None, Part.text):
+            _refuse_of_text({"level": level, "split": split, "avoid": avoid})
+        results, text = _world_suite(model, part or Part.text, settings, avoid, device)
     if int(os.environ.get("RANK", 0)):  # under torchrun one process speaks for all
         return
     typer.echo(text)
     if output is not None:
         write_json(output, {"model": str(model), **results})
         typer.echo(f"written to {output}")
+
+
+def _settings(
+    part: Part | None,
+    num: int | None,
+    batch_size: int | None,
+    steps: int | None,
+    guidance: float | None,
+    sampler: Sampler | None,
+    scenes: dict[str, Any],
+) -> WorldSettings:
+    """Options as settings; where nothing is said, a part's own number of clips."""
+    from eval.world_suite import WorldSettings
+
+    if num is None and part not in (None, Part.text):
+        from eval.world_parts import DEFAULT_NUM
+
+        num = DEFAULT_NUM.get(part.value)
+    if num is not None:
+        scenes = {**scenes, "num": num}
+    return WorldSettings(
+        **scenes,
+        steps=steps,
+        guidance=guidance,
+        sampler=None if sampler is None else sampler.value,
+        batch_size=32 if batch_size is None else batch_size,
+    )
+
+
+def _refuse_of_text(options: dict[str, Any]) -> None:
+    """Options that other parts, which choose their own scenes, would ignore."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(
+                f"--{name} goes with --part text; the other parts have their own scenes"
+            )
 
 
 def _refuse(options: dict[str, Any], suite: Suite) -> None:
@@ -242,12 +295,46 @@ def _read(path: Path) -> Manifest:
 
 
 def _world_suite(
-    model: Path, settings: WorldSettings, avoid: Path | None, device: str | None
+    model: Path, part: Part, settings: WorldSettings, avoid: Path | None, device: str | None
 ) -> tuple[dict[str, Any], str]:
     from eval.tables import as_text, score_table
 
-    results = _world_results(model, settings, avoid, device)
-    return results, as_text(score_table(results))
+    if part is Part.text:
+        results = _world_results(model, settings, avoid, device)
+    else:
+        results = _part_results(model, part, settings, device)
+    text = as_text(score_table(results))
+    return results, "\n\n".join(
+        [text, *(["\n".join(results["notes"])] if "notes" in results else [])]
+    )
+
+
+def _is_manifest(model: Path) -> Path | None:
+    """The manifest that a path is of, None for a model folder."""
+    listed = model if model.is_file() else model / "manifest.jsonl"
+    return listed if listed.is_file() and not (model / "model.yaml").is_file() else None
+
+
+def _part_results(
+    model: Path, part: Part, settings: WorldSettings, device: str | None
+) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    from eval.world_parts import PARTS
+    from sample.pipeline import TextToVideo
+
+    if _is_manifest(model) is not None:
+        raise ValueError(
+            f"{model}: --part {part.value} needs a model folder, not a manifest of clips"
+        )
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        raise ValueError(
+            f"--part {part.value} runs in one process, not {processes}; leave torchrun out"
+        )
+    pipeline = TextToVideo.from_folder(model, device)
+    with tqdm(unit="clip") as bar:
+        return PARTS[part.value](pipeline, settings, _shown_on(bar))
 
 
 def _world_results(
@@ -258,8 +345,8 @@ def _world_results(
     from eval.world_suite import run_world_suite, score_manifest
     from sample import processes
 
-    listed = model if model.is_file() else model / "manifest.jsonl"
-    if listed.is_file() and not (model / "model.yaml").is_file():
+    listed = _is_manifest(model)
+    if listed is not None:
         manifest = _read(listed)
         count = min(settings.num, len(manifest.rows))
         with tqdm(total=count, unit="clip") as bar:

@@ -65,6 +65,8 @@ def _errors(alphas: np.ndarray, centres: np.ndarray, shape: str, radius: float) 
         sharp = np.stack([coverage(shape, radius * factor, x, y, h, w) for x, y in centres])
         for blur in _BLURS:
             template = gaussian_filter(sharp, (0, blur, blur)) if blur else sharp
+            if not template.any():  # a blob of noise, whose centre may be outside the frame
+                continue
             # Opacity is known up to the error of the estimated colour, so its scale is fitted.
             scale = (alphas * template).sum() / (template**2).sum()
             errors = ((alphas - scale * template) ** 2).sum(axis=(1, 2))

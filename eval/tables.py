@@ -30,6 +30,27 @@ _FIGURES = {
     "gravity_error": "gravity error, px/frame²",
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
+    # Of the parts of the world suite, where a group may stand before a figure: "GROUP: NAME".
+    "identity": "the right one of 100",
+    "own_motion": "both right, each with its own motion",
+    "binding": "which of the two has which motion",
+    "copied_background": "background of a reference",
+    "textured": "shows a texture",
+    "object_found": "object found, share of clips",
+    "outside": "largest change outside the object's box, of 255",
+    "velocity_error_units": "velocity error, units/s",
+    "velocity_error_after": "velocity error after the contact, units/s",
+    "found": "found, share of frames",
+    "jump": "jump in position, px",
+    "velocity_change": "change of velocity, px/frame",
+    "position_error": "distance from where it should be, px",
+    "object_jump": "jump of the object's colour, of 255",
+    "background_jump": "jump of the background's colour, of 255",
+    "colour_kept": "colour kept",
+    "shape_kept": "shape kept",
+    "colour_drift": "drift of the colour, of 441",
+    "speed_drift": "drift of the speed, as a share",
+    "speed_ratio": "speed, as a share of the first",
 }
 _COLUMNS = {
     "generated": "generated",
@@ -56,13 +77,28 @@ def cell(figure: Mapping[str, Any] | None, *, sign: bool = False, large: int = 1
     return f"{value}{interval} N={figure['num']}"
 
 
+def _figures(scores: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """All figures of the columns and their labels: those without a group in the order of _FIGURES, then
+    the others as they come."""
+    names = dict.fromkeys(name for rows in scores.values() for name in rows)
+    ordered = [name for name in _FIGURES if name in names]
+    ordered += [name for name in names if name not in _FIGURES]
+    labels = []
+    for name in ordered:
+        group, colon, base = name.rpartition(": ")
+        labels.append((name, group + colon + _FIGURES.get(base, base)))
+    return labels
+
+
 def score_table(results: Mapping[str, Any]) -> Table:
-    """A table of what `run_world_suite`, `score_manifest` or `run_vae_suite` returned."""
+    """A table of what `run_world_suite`, a part of `eval.world_parts`, `score_manifest` or
+    `run_vae_suite` returned."""
     scores = results["scores"]
-    columns = [name for name in _COLUMNS if name in scores]
+    known = {**results.get("columns", {}), **_COLUMNS}
+    columns = [name for name in known if name in scores]
     guesses = results.get("chance") or {}
     rows = []
-    for figure, label in _FIGURES.items():
+    for figure, label in _figures(scores):
         cells = [cell(scores[column].get(figure)) for column in columns]
         if any(cells):
             guess = [f"{guesses[figure]:.3f}" if figure in guesses else ""] if guesses else []
@@ -72,8 +108,12 @@ def score_table(results: Mapping[str, Any]) -> Table:
         blanks = [""] * (len(columns) + bool(guesses))
         blanks[columns.index("vae") + bool(guesses)] = cell(drop)
         rows.append(["all four: real clips minus VAE", *blanks])
-    head = ["", *(["chance"] if guesses else []), *(_COLUMNS[name] for name in columns)]
-    facts = [f"{results['num']} clips"]
+    head = [
+        "",
+        *([results.get("chance_is", "chance")] if guesses else []),
+        *(known[name] for name in columns),
+    ]
+    facts = [f"{results['num']} {results.get('num_is', 'clips')}"]
     facts += [f"{name} {results[name]}" for name in ("level", "split", "seed") if name in results]
     if "height" in results:
         facts.append(f"{results['num_frames']} frames of {results['height']}x{results['width']}")
@@ -85,7 +125,8 @@ def score_table(results: Mapping[str, Any]) -> Table:
             if avoided
             else "prompts may be training captions (--avoid MANIFEST leaves those out)"
         )
-    title = f"{results['suite']} suite" + (f", {results['split']}" if "split" in results else "")
+    kinds = [results[name] for name in ("part", "split") if name in results]
+    title = ", ".join([f"{results['suite']} suite", *kinds])
     intervals = "95% intervals, bootstrap (exact where all clips agree)"
     return Table(title, head, rows, f"{', '.join(facts)}; {intervals}")
 

@@ -6,12 +6,16 @@ how far the pixel has gone from the background's colour to the core's, which pla
 a fraction of a pixel. Blobs are linked over frames into tracks, and a track gets a colour, a shape,
 a size and a motion. Where no name of the world's vocabulary fits, or frames disagree, the answer is
 None.
+
+Textured things (`textured`) have no one colour: a pixel's opacity is measured against the colour of the
+nearest pixel inside, and two that touch are parted by their outlines alone, as colours part one thing.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -30,6 +34,10 @@ _NAMED = 80.0
 # Shares of the smallest object's area: a blob below the first is a speck, and a blob that comes
 # apart at a higher threshold is two objects only if the bright parts are above the second.
 _MIN_AREA, _MIN_PART = 0.3, 0.6
+# Of textured things: a blob of more than so many of the largest object's area may be two, if it comes
+# apart when its outline moves in by one of these shares of the shorter side. Convex ones never do.
+_TWO = 1.4
+_ERODED = (0.03, 0.05, 0.07, 0.09)
 # The share of frames that must agree on a colour, or show the object, before it is named.
 _AGREE = 0.75
 
@@ -48,8 +56,8 @@ class Blob:
 class Track:
     """One object over a clip; names are None where the pixels say nothing clear.
 
-    radius: of the circle of equal area, pixels. position: (f, 2) pixels, x then y, NaN in frames
-    where the object was not found.
+    radius: of the circle of equal area, pixels. position: (f, 2) pixels, x then y, and colours: (f, 3)
+    RGB, 0 to 255; both NaN in frames where the object was not found.
     """
 
     colour: str | None
@@ -58,6 +66,7 @@ class Track:
     motion: str | None
     radius: float
     position: np.ndarray
+    colours: np.ndarray
 
     @property
     def found(self) -> np.ndarray:
@@ -83,16 +92,21 @@ class Track:
         return float(np.nanmax(steps, initial=0.0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sighting:
-    """What a clip shows. counts: objects in each frame. tracks: the most present first."""
+    """What a clip shows. counts: objects in each frame. tracks: the most present first.
+
+    backgrounds: (f, 3) RGB, 0 to 255.
+    """
 
     background: str | None
     counts: tuple[int, ...]
     tracks: tuple[Track, ...]
+    backgrounds: np.ndarray
 
 
-def _name(colour: np.ndarray, names: dict[str, tuple[int, int, int]]) -> str | None:
+def name_of(colour: np.ndarray, names: Mapping[str, tuple[int, int, int]]) -> str | None:
+    """The name of the colour (3,) nearest to one, None where none is near."""
     distances = {n: float(np.linalg.norm(colour - np.asarray(c))) for n, c in names.items()}
     nearest = min(distances, key=distances.__getitem__)
     return nearest if distances[nearest] <= _NAMED else None
@@ -118,21 +132,47 @@ def _split(distance: np.ndarray, blob: np.ndarray, min_area: float) -> list[np.n
     return [blob]
 
 
-def find_blobs(frame: np.ndarray, background: np.ndarray) -> list[Blob]:
+def _split_outline(blob: np.ndarray) -> list[np.ndarray]:
+    """A blob of two textured things that nearly touch, cut where its outline has a waist."""
+    side = min(blob.shape)
+    if blob.sum() <= _TWO * math.pi * (max(SIZES.values()) * side) ** 2:
+        return [blob]
+    depth = np.asarray(ndimage.distance_transform_edt(blob))
+    for eroded in _ERODED:
+        parts = _components(blob & (depth > eroded * side))
+        parts = [part for part in parts if part.sum() >= 0.1 * blob.sum()]
+        if len(parts) > 1:
+            nearest = _distances(parts).argmin(axis=0)
+            return [blob & (nearest == k) for k in range(len(parts))]
+    return [blob]
+
+
+def find_blobs(
+    frame: np.ndarray,
+    background: np.ndarray,
+    *,
+    least_radius: float | None = None,
+    textured: bool = False,
+) -> list[Blob]:
     """The objects in one frame.
 
     Args:
         frame: (h w 3), 0 to 255.
         background: its colour, (3,).
+        least_radius: of the smallest object (the circle of equal area), pixels; None: that of the
+            world's small shapes.
+        textured: things may be of several colours; a blob's is then their mean.
     """
     height = frame.shape[0]
-    unit = math.pi * (min(SIZES.values()) * height) ** 2
+    least = min(SIZES.values()) * height if least_radius is None else least_radius
+    unit = math.pi * least**2
     offset = frame - background
     distance = np.linalg.norm(offset, axis=-1)
     masks: list[np.ndarray] = []
     for mask in _components(distance > _VISIBLE):
         if mask.sum() >= _MIN_AREA * unit:
-            masks += _split(distance, mask, _MIN_PART * unit)
+            parts = _split_outline(mask) if textured else _split(distance, mask, _MIN_PART * unit)
+            masks += parts
     if not masks:
         return []
     # Every pixel belongs to the nearest blob, within the reach of a blurred edge.
@@ -141,11 +181,15 @@ def find_blobs(frame: np.ndarray, background: np.ndarray) -> list[Blob]:
     y, x = np.mgrid[0.5:height, 0.5 : frame.shape[1]]
     blobs = []
     for k, mask in enumerate(masks):
-        depth = distance[mask]
-        core = frame[mask][depth >= np.quantile(depth, 0.6)]
-        colour = np.median(core, axis=0)
-        axis = colour - background
-        alpha = offset @ axis / float(axis @ axis)
+        if textured:
+            colour, alpha = _textured_opacity(offset, mask)
+            colour = colour + background
+        else:
+            depth = distance[mask]
+            core = frame[mask][depth >= np.quantile(depth, 0.6)]
+            colour = np.median(core, axis=0)
+            axis = colour - background
+            alpha = offset @ axis / float(axis @ axis)
         alpha = np.where((owner == k) & (reach[k] <= 2.0), alpha, 0.0)
         area = float(alpha.sum())
         if area >= _MIN_AREA * unit:
@@ -154,11 +198,28 @@ def find_blobs(frame: np.ndarray, background: np.ndarray) -> list[Blob]:
     return blobs
 
 
+def _textured_opacity(offset: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean colour inside, (3,), and every pixel's opacity against the nearest pixel inside, (h w).
+
+    Args:
+        offset: colours less the background's, (h w 3).
+        mask: the pixels of one thing, (h w) bool.
+    """
+    depth = np.asarray(ndimage.distance_transform_edt(np.pad(mask, 1)))[1:-1, 1:-1]
+    # The pixels of an outline are mixed with what is behind it.
+    core = mask & (depth >= min(2.0, float(depth.max())))
+    nearest = ndimage.distance_transform_edt(~core, return_distances=False, return_indices=True)
+    rows, columns = cast(np.ndarray, nearest)
+    inside = offset[rows, columns]
+    alpha = (offset * inside).sum(axis=-1) / (inside**2).sum(axis=-1)
+    return offset[core].mean(axis=0), np.where(core, 1.0, alpha.clip(0.0, 1.0))
+
+
 def _link(frames: list[list[Blob]]) -> list[list[Blob | None]]:
     """Blobs into tracks, one entry per frame: each goes to the track last seen nearest to it."""
     tracks: list[list[Blob | None]] = []
+    last: list[Blob] = []
     for k, blobs in enumerate(frames):
-        last = [next(b for b in reversed(t) if b is not None) for t in tracks]
         rest = set(range(len(blobs)))
         if last and blobs:
             cost = np.array(
@@ -174,26 +235,32 @@ def _link(frames: list[list[Blob]]) -> list[list[Blob | None]]:
             )
             for i, j in zip(*linear_sum_assignment(cost)):
                 tracks[i].append(blobs[j])
+                last[i] = blobs[j]
                 rest.discard(int(j))
         tracks += [[None] * k + [blobs[j]] for j in sorted(rest)]
+        last += [blobs[j] for j in sorted(rest)]
         for t in tracks:
             if len(t) == k:
                 t.append(None)
     return tracks
 
 
-def _describe(seen: list[Blob | None], height: int, width: int, fps: float) -> Track:
+def _describe(
+    seen: list[Blob | None], height: int, width: int, fps: float, textured: bool
+) -> Track:
     blobs = [b for b in seen if b is not None]
     fit = fit_shape(np.stack([b.alpha for b in blobs]), np.stack([b.centre for b in blobs]))
     position = np.stack([np.full(2, np.nan) if b is None else b.centre for b in seen])
-    colour, votes = Counter(_name(b.colour, COLOURS) for b in blobs).most_common(1)[0]
+    colours = np.stack([np.full(3, np.nan) if b is None else b.colour for b in seen])
+    colour, votes = Counter(name_of(b.colour, COLOURS) for b in blobs).most_common(1)[0]
     track = Track(
-        colour=colour if votes >= _AGREE * len(blobs) else None,
+        colour=colour if votes >= _AGREE * len(blobs) and not textured else None,
         shape=fit.shape,
         size=size_name(fit.radius, height),
         motion=None,
         radius=fit.radius,
         position=position,
+        colours=colours,
     )
     path = track.path
     if path is None:
@@ -203,12 +270,13 @@ def _describe(seen: list[Blob | None], height: int, width: int, fps: float) -> T
     return replace(track, motion=motion)
 
 
-def track(video: np.ndarray, fps: float) -> Sighting:
+def track(video: np.ndarray, fps: float, *, textured: bool = False) -> Sighting:
     """Find the background and all objects of a clip.
 
     Args:
         video: uint8, (f h w 3).
         fps: frames per second; motions under gravity are told apart by it.
+        textured: things may be of several colours; tracks then have none.
     Raises:
         ValueError: not a uint8 clip.
     """
@@ -217,13 +285,14 @@ def track(video: np.ndarray, fps: float) -> Sighting:
     _, height, width, _ = video.shape
     clip = video.astype(np.float64)
     backgrounds = np.median(clip, axis=(1, 2))
-    names = {_name(b, BACKGROUNDS) for b in backgrounds}
-    frames = [find_blobs(frame, b) for frame, b in zip(clip, backgrounds)]
-    tracks = [_describe(seen, height, width, fps) for seen in _link(frames)]
+    names = {name_of(b, BACKGROUNDS) for b in backgrounds}
+    frames = [find_blobs(frame, b, textured=textured) for frame, b in zip(clip, backgrounds)]
+    tracks = [_describe(seen, height, width, fps, textured) for seen in _link(frames)]
     # Most present, then largest, first.
     tracks.sort(key=lambda t: (-int(t.found.sum()), -t.radius))
     return Sighting(
         background=names.pop() if len(names) == 1 else None,
         counts=tuple(len(blobs) for blobs in frames),
         tracks=tuple(tracks),
+        backgrounds=backgrounds,
     )

@@ -140,6 +140,12 @@ def _read(path: str | os.PathLike[str], scene: Scene) -> np.ndarray:
     return clip.permute(1, 2, 3, 0).contiguous().numpy()
 
 
+def sampling_options(settings: WorldSettings) -> dict[str, Any]:
+    """What settings say of the sampling, as `TextToVideo.__call__` takes it."""
+    options = {name: getattr(settings, name) for name in ("steps", "guidance", "sampler")}
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def generate(
     pipeline: TextToVideo,
     prompts: Sequence[str],
@@ -154,12 +160,7 @@ def generate(
     Args:
         ranks: deals the batches out to several processes; each of them returns all clips.
     """
-    options: dict[str, Any] = {
-        "steps": settings.steps,
-        "guidance": settings.guidance,
-        "sampler": settings.sampler,
-    }
-    options = {name: value for name, value in options.items() if value is not None}
+    options = sampling_options(settings)
     clips: dict[int, list[np.ndarray]] = {}
     starts = range(0, len(prompts), settings.batch_size)
     if ranks is not None:
@@ -222,7 +223,7 @@ def run_world_suite(
         "avoided_captions": len(avoid),
         **size,
         "fps": info.fps,
-        "sampling": _sampling(pipeline, settings),
+        "sampling": sampling_used(pipeline, settings),
         "chance": chance(settings.level),
         "scores": {
             column: {name: e.to_json() for name, e in rows.items()}
@@ -234,7 +235,8 @@ def run_world_suite(
     return WorldRun(results, scenes, prompts, videos, scores["generated"])
 
 
-def _sampling(pipeline: TextToVideo, settings: WorldSettings) -> dict[str, Any]:
+def sampling_used(pipeline: TextToVideo, settings: WorldSettings) -> dict[str, Any]:
+    """Steps, guidance and sampler, with the model's own where settings say nothing."""
     from dit.samplers import samplers_for
 
     usual = pipeline.sampling

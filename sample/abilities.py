@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,25 +169,20 @@ class FromVideos:
         self, pipeline: TextToVideo, prompt: str, video: Tensor, seed: int, options: dict[str, Any]
     ) -> Tensor:
         """The given video with so many seconds more; in as many windows as that takes."""
-        import torch
-
         from sample import extend
 
         seconds = 1.0 if self.seconds is None else self.seconds
         wanted = max(1, round(seconds * pipeline.info.fps))
-        result, number = video, 0
+        seeds = (stream_seed(seed, "extend", number) for number in count())
         for backward in (True, False):
-            if not self.both and backward != self.backward:
-                continue
-            window = extend.window_of(pipeline, options["frames"], self.given, backward=backward)
-            longer, left = extend.extend_backward if backward else extend.extend_forward, wanted
-            while left > 0:
-                seeds = [stream_seed(seed, "extend", number)]
-                new = longer(pipeline, prompt, result, window, seeds=seeds, **options)
-                parts = (new[:, -left:], result) if backward else (result, new[:, :left])
-                result = torch.cat(parts, dim=1)
-                left, number = left - new.shape[1], number + 1
-        return result
+            if self.both or backward == self.backward:
+                window = extend.window_of(
+                    pipeline, options["frames"], self.given, backward=backward
+                )
+                video = extend.lengthen(
+                    *(pipeline, prompt, video, window, wanted, seeds), backward=backward, **options
+                )
+        return video
 
 
 @dataclass(frozen=True)

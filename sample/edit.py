@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,26 +50,45 @@ def edit(
     Raises:
         ValueError: a strength outside its range, a mask of another size, or one that is empty.
     """
+    masks = None if mask is None else mask[None]
+    return edit_batch(pipeline, [prompt], video[None], strength, masks, **options)[0]
+
+
+def edit_batch(
+    pipeline: TextToVideo,
+    prompts: Sequence[str],
+    videos: Tensor,
+    strength: float,
+    masks: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Several videos (b 3 f h w) at once, each as its prompt has it; otherwise as `edit`.
+
+    Args:
+        prompts: one per video.
+        masks: (b f h w), one per video.
+    """
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength:g}; use a number above 0, at most 1")
-    _, frames, height, width = video.shape
+    _, _, frames, height, width = videos.shape
     shape = pipeline.latent_shape(frames, height, width)
     kept = None
-    if mask is not None:
-        if mask.shape != video.shape[1:]:
+    if masks is not None:
+        if masks.shape[1:] != videos.shape[2:]:
             raise ValueError(
-                f"the mask has shape {tuple(mask.shape)}; expected ({frames} {height} {width})"
+                f"the mask has shape {tuple(masks.shape[1:])}; expected ({frames} {height} {width})"
             )
-        if not mask.any():
+        if not masks.flatten(1).any(dim=1).all():
             raise ValueError("the mask is black everywhere, so nothing would change; white changes")
-        kept = kept_latents(mask, shape).to(pipeline.device)
-    given = Given(source=pipeline.encode(video), strength=strength, kept=kept)
+        kept = torch.cat([kept_latents(mask, shape) for mask in masks]).to(pipeline.device)
+    source = torch.cat([pipeline.encode(video) for video in videos])
+    given = Given(source=source, strength=strength, kept=kept)
     size = {"frames": frames, "height": height, "width": width}
-    made = pipeline([prompt], given=given, **{**options, **size})[0]
-    if mask is None:
+    made = pipeline(prompts, given=given, **{**options, **size})
+    if masks is None:
         return made
-    share = _feathered(mask)
-    return share * made + (1 - share) * video
+    share = torch.stack([_feathered(mask) for mask in masks])[:, None]
+    return share * made + (1 - share) * videos
 
 
 def _feathered(mask: Tensor) -> Tensor:

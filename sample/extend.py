@@ -7,6 +7,7 @@ do not jump where the new part begins.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +131,33 @@ def extend_backward(
     shown = window.given * pipeline.vae.temporal_factor
     offset = _offset(made[:, -shown:], video[:, 1 : 1 + shown])
     return _matched(made[:, : -shown - 1], offset)
+
+
+def lengthen(
+    pipeline: TextToVideo,
+    prompt: str,
+    video: Tensor,
+    window: Window,
+    more: int,
+    seeds: Iterator[int],
+    *,
+    backward: bool = False,
+    **options: Any,
+) -> Tensor:
+    """A video (3 f h w) with more frames behind it, or before it; in as many windows as that takes, each
+    with the next of the seeds. The video's own frames are in it as they are.
+
+    Args:
+        more: how many frames.
+    Raises:
+        ValueError: as `extend_forward` and `extend_backward`.
+    """
+    longer, left = extend_backward if backward else extend_forward, more
+    while left > 0:
+        new = longer(pipeline, prompt, video, window, seeds=[next(seeds)], **options)
+        parts = (new[:, -left:], video) if backward else (video, new[:, :left])
+        video, left = torch.cat(parts, dim=1), left - new.shape[1]
+    return video
 
 
 def connect(

@@ -1,11 +1,13 @@
 import json
+from dataclasses import replace
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from data.world_files import WorldSpec, write_world
-from eval.cli import evaluate
+from eval.cli import Part, evaluate
+from eval.world_parts import PARTS
 from sample.model import save_model
 
 app = typer.Typer()
@@ -20,6 +22,15 @@ def run(*arguments):
 def folder(tmp_path_factory, tiny_model):
     path = tmp_path_factory.mktemp("eval") / "model"
     save_model(path, tiny_model)
+    return path
+
+
+@pytest.fixture(scope="module")
+def able(tmp_path_factory, tiny_model):
+    """A model that says it was trained to be given frames in every way."""
+    tasks = ("text", "random", "sides", "window")
+    path = tmp_path_factory.mktemp("eval") / "able"
+    save_model(path, replace(tiny_model, info=tiny_model.info.model_copy(update={"tasks": tasks})))
     return path
 
 
@@ -80,6 +91,63 @@ def test_mistakes_are_one_line(folder, options, error, message):
     assert isinstance(result.exception, error)
     assert message in str(result.exception)
     assert "\n" not in str(result.exception)
+
+
+def test_every_part_can_be_asked_for():
+    assert {part.value for part in Part} == {"text", *PARTS}
+
+
+def test_a_part_prints_a_table_and_notes_and_writes_json(able, tmp_path):
+    output = tmp_path / "physics.json"
+    result = run(able, "--part", "physics", "--num", 1, "--steps", 1, "--seed", 3, "-o", output)
+    assert result.exit_code == 0, result.output
+    assert "parabola, out of distribution: velocity error, units/s" in result.stdout
+    assert "5 of 9 frames are given" in result.stdout
+    results = json.loads(output.read_text())
+    assert (results["part"], results["num"], results["seed"]) == ("physics", 1, 3)
+    assert (
+        results["published"]["models"]["uniform, out of distribution"]["DiT-B, 3M videos"] == 0.358
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "row"),
+    [
+        ("extension", "connection: distance from where it should be, px"),
+        ("minute", "50 to 60 s: drift of the colour, of 441"),
+    ],
+)
+def test_parts_of_longer_videos(able, part, row):
+    result = run(able, "--part", part, "--num", 1, "--steps", 1, "--guidance", 1)
+    assert result.exit_code == 0, result.output
+    assert row in result.stdout
+    assert f"world suite, {part}: 1 " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--level", 2], "--level goes with --part text"),
+        (["--split", "speeds"], "--split goes with --part text"),
+        (["--avoid", "x.jsonl"], "--avoid goes with --part text"),
+        (["--suite", "vae"], "--part goes with --suite world"),
+        (["--num", 0], "at least 1"),
+        ([], "needs a model that was trained for it"),
+    ],
+)
+def test_mistakes_with_a_part_are_one_line(folder, options, message):
+    result = run(folder, "--part", "physics", *options)
+    assert isinstance(result.exception, ValueError)
+    assert message in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def test_parts_need_a_model_and_one_process(folder, world, monkeypatch):
+    result = run(world, "--part", "physics")
+    assert "--part physics needs a model folder" in str(result.exception)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run(folder, "--part", "physics")
+    assert "--part physics runs in one process, not 2" in str(result.exception)
 
 
 def test_rows_that_cannot_be_scored_are_named(world, caplog):
