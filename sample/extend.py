@@ -144,8 +144,9 @@ def lengthen(
     backward: bool = False,
     **options: Any,
 ) -> Tensor:
-    """A video (3 f h w) with more frames behind it, or before it; in as many windows as that takes, each
-    with the next of the seeds. The video's own frames are in it as they are.
+    """A video (3 f h w) with more frames behind it, or before it; in as many windows as that takes.
+
+    The video's own frames are in it as they are. Each window has the next of the seeds.
 
     Args:
         more: how many frames.

@@ -11,7 +11,6 @@ from data.video import to_float, to_uint8
 from data.world import make_scene
 from data.world_render import render
 from data.world_subjects import HELD_OUT_SUBJECTS, reference_scene, subject
-from dit.conditions import BesideFrames, reference_position
 from dit.objective import FlowMatching
 from eval.metrics import proportion
 from eval.subjects import shrunk
@@ -27,7 +26,6 @@ from eval.world_identity import (
     subject_scenes,
 )
 from eval.world_suite import WorldSettings, eval_scenes, real_clips
-from sample.given import Given
 from sample.pipeline import TextToVideo
 
 SIZE = {"height": 32, "width": 32, "num_frames": 9, "fps": 8.0}
@@ -223,25 +221,9 @@ def test_textured_things_are_found_where_they_are():
     assert np.mean(away[True]) < 0.3 * np.mean(away[False])
 
 
-class Referred(TextToVideo):
-    """References as latent frames beside the clip, as the network has them in training."""
-
-    def __call__(self, prompts, *, references=None, **options):
-        given = None
-        if references is not None:
-            pictures = torch.stack(list(references), dim=1)
-            latents = torch.cat(
-                [self.encode(p[:, None]) for clip in pictures for p in clip]
-            ).unflatten(0, pictures.shape[:2])
-            latents = latents[:, :, :, 0].transpose(1, 2)
-            places = [reference_position(k) for k in range(len(references))]
-            positions = torch.tensor(places, dtype=torch.float32).expand(len(pictures), -1)
-            given = Given(beside=BesideFrames(latents, torch.zeros_like(positions), positions))
-        return super().__call__(prompts, given=given, **options)
-
-
 def test_an_untrained_model_scores_nothing(tiny_model):
-    pipeline = Referred(tiny_model, "cpu", dtype=torch.float32)
+    knows = tiny_model.info.model_copy(update={"references": 2})
+    pipeline = TextToVideo(replace(tiny_model, info=knows), "cpu", dtype=torch.float32)
     settings = WorldSettings(num=5, batch_size=2, steps=1, guidance=1)
     results = score_identity(pipeline, settings)
     made, real = results["scores"]["generated"], results["scores"]["real"]
@@ -276,3 +258,9 @@ def test_scenes_are_a_function_of_the_seed():
 def test_clips_that_are_too_long_are_one_line():
     with pytest.raises(ValueError, match="a clip of scenario=subjects"):
         subject_scenes(WorldSettings(num=2), **{**SIZE, "num_frames": 33})
+
+
+def test_a_model_without_references_is_refused(tiny_model):
+    pipeline = TextToVideo(tiny_model, "cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match="the model was trained with none"):
+        score_identity(pipeline, WorldSettings(num=2, steps=1))
