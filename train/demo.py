@@ -38,8 +38,8 @@ SIZES = {
         out=Path("runs/demo"),
         vae=Path("configs/world/vae.yaml"),
         dit=Path("configs/world/dit.yaml"),
-        clips={"shapes": 12_000, "subjects": 7_000, "bounces": 4_000, **dict.fromkeys(LAWS, 700)},
-        held_out={"subjects": 64, "bounces": 32, "shapes": 160},
+        clips={"shapes": 16_000, "bounces": 3_200, **dict.fromkeys(LAWS, 300)},
+        held_out={"shapes": 512},
         prompts=300,
         minutes=(1, 2, 18, 0.3, 1.5, 1.5, 0.1),
     ),
@@ -165,15 +165,18 @@ def report(size: Size) -> None:
         ReportVideo(out / "samples" / f"sample-{i:03d}.mp4", prompt)
         for i, prompt in enumerate(prompts)
     ]
-    given = [ReportVideo(path, text, note) for path, text, note in pages(out / "abilities")]
+    given = [
+        ReportVideo(path, text, note)
+        for path, text, note in pages(out / "model", out / "abilities")
+    ]
     splits = ("held-out", "combinations")
     results = [json.loads((out / f"scores-{split}.json").read_text()) for split in splits]
     write_report(
         out / "report.html",
         title="Zoetrope: videos that this machine learned to make from text",
         intro="A video VAE and a diffusion transformer, trained from nothing on the procedural "
-        "world (32x32 pixels: objects that move straight or bounce, textured subjects with pictures of "
-        "them, three laws of motion), on text and on all else that it is given below.",
+        "world (32x32 pixels: objects that move straight or bounce, and three laws of motion), on text "
+        "and on all else that it is given below.",
         videos={
             "Prompts never used in training": videos[:12],
             "Pairs never seen": videos[12:],

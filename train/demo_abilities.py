@@ -14,6 +14,7 @@ from data.world import Scene, make_scene
 from data.world_captions import caption
 from data.world_render import render
 from data.world_subjects import reference_scene
+from sample.model import read_model_file
 
 SEED = 3_000  # of the scenes that are given; those of training and of scores have others
 _SIZE = {"height": 32, "width": 32, "fps": 8.0}
@@ -122,8 +123,13 @@ def write_given(folder: Path) -> None:
         write_video(folder / name, video, fps=8)
 
 
-def examples() -> list[Example]:
-    """One of each ability."""
+def examples(model: Path) -> list[Example]:
+    """One of each ability that a model folder was trained for."""
+    known = read_model_file(model).info.references
+    return [each for each in _every_example() if each.flags.count("--reference") <= known]
+
+
+def _every_example() -> list[Example]:
     scenes = _scenes()
     moving, other, middle, changed, bounces, one, two = scenes.values()
     long_text = _text(bounces)
@@ -197,7 +203,7 @@ def sample_examples(
     """
     write_given(folder / "given")
     trained = (model / "model.yaml").stat().st_mtime
-    for example in examples():
+    for example in examples(model):
         target = folder / example.name
         if target.exists() and target.stat().st_mtime > trained:
             print(f"{target}: there already")
@@ -213,14 +219,14 @@ def _placed(flag: str, folder: Path) -> str:
     return flag.removesuffix(name) + str(folder / name) if name else flag
 
 
-def pages(folder: Path) -> list[tuple[Path, str, str]]:
+def pages(model: Path, folder: Path) -> list[tuple[Path, str, str]]:
     """For a page: files, what stands under them, and a note; what is given before what came of it.
 
     Args:
-        folder: as `sample_examples`.
+        model, folder: as `sample_examples`.
     """
     found = []
-    for example in examples():
+    for example in examples(model):
         found += [(folder / "given" / name, name, "given") for name in example.inputs]
         text = f"{example.title}: {example.prompt}"
         found.append((folder / example.name, text, " ".join(example.flags)))

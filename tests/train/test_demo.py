@@ -25,9 +25,10 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
     assert "[7/7]" in done.stdout
     assert str(out / "report.html") in done.stdout
     page = (out / "report.html").read_text()
-    made = [out / "abilities" / example.name for example in examples()]
+    every = examples(out / "model")
+    made = [out / "abilities" / example.name for example in every]
     assert all(path.stat().st_size for path in made)
-    given = [name for example in examples() for name in example.inputs]
+    given = [name for example in every for name in example.inputs]
     videos = sum(name.endswith(".mp4") for name in [*given, *(path.name for path in made)])
     assert page.count("<video") == 16 + videos
     assert page.count('<img class="still"') == len(given) + len(made) - videos
