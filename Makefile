@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test chaos fuzz lint format bench clean
+.PHONY: setup demo gallery test chaos fuzz lint format bench clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	@$(BIN)/python -m train.demo $(DEMO)
+
+# One example of each ability of the demo's model, for docs/gallery.md.
+gallery: setup
+	@$(BIN)/python -m train.gallery $(DEMO)
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

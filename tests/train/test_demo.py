@@ -1,12 +1,16 @@
 """`make demo DEMO=tiny`: every step of the demo, for real, and its second run."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from train import demo as demo_module
+from train import gallery
 from train.demo_abilities import examples
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +64,14 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
     assert again.count("steps are done already") == 2
     assert again.count("this model is scored already") == 2
     assert again.count("there already") == len(made)
+
+    gallery.main("tiny", str(tmp_path / "page" / "gallery.md"))
+    page = (tmp_path / "page" / "gallery.md").read_text()
+    assert page.count("\n|") == len(made) + 2
+    shown = re.findall(r"\]\((gallery/[^)]+)\)", page)
+    assert len(shown) == len(made) + len(given)
+    for name in shown:
+        assert Image.open(tmp_path / "page" / name).size == (128, 128)
     assert (out / "model" / "dit.safetensors").read_bytes() == weights
 
 
