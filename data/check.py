@@ -388,6 +388,6 @@ def write_kept(found: Findings, path: Path) -> None:
             measured["pixel_aspect"] = info.pixel_aspect
             if row.start is None and row.end is None:
                 measured["num_frames"] = verdict.num_frames
-            yield row.model_dump(exclude_none=True) | measured
+            yield row.model_dump(mode="json", exclude_none=True) | measured
 
     write_manifest(path, rows())

@@ -133,11 +133,14 @@ def shards(
 def join(
     out: Annotated[Path, typer.Argument(help="The manifest to write: .jsonl, .csv or .parquet.")],
     manifests: Annotated[list[str], typer.Argument(help="Manifests, or their URLs.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the manifest if it is there.")
+    ] = False,
 ) -> None:
     """Make one manifest of several, whose files stay where they are."""
     from data.join import join_manifests
 
-    done = join_manifests(out, manifests)
+    done = join_manifests(out, manifests, overwrite)
     for manifest, counts in done.items():
         left_out = f", {counts.left_out} left out that cannot be used" if counts.left_out else ""
         left_out += f", {counts.dropped} with keep: false" if counts.dropped else ""

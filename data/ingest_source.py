@@ -253,11 +253,9 @@ def _from_manifest(path: Path, name: str) -> Source:
         if isinstance(row, str):
             source.skipped.append((where, row))
             continue
-        place = row.pop("path")
-        if "://" not in place:
-            place = f"{folder}/{place}" if "://" in folder else os.path.join(folder, place)
-        if "://" not in place:
-            place = os.path.abspath(place)
+        place = _placed(row.pop("path"), folder)
+        if isinstance(row.get("references"), list):  # the new manifest is elsewhere
+            row["references"] = [_placed(str(path), folder) for path in row["references"]]
         record: Record = {"path": place, "version": _version(place), "sidecars": []}
         for key in ("start", "end"):
             if row.get(key) is not None:
@@ -272,6 +270,15 @@ def _from_manifest(path: Path, name: str) -> Source:
             record["column"] = row.pop("caption")
         source.files.append(record | {"row": row})
     return source
+
+
+def _placed(path: str, folder: str) -> str:
+    """Where a path of a manifest in a folder leads: absolute, or a URL."""
+    if "://" in path:
+        return path
+    if "://" in folder:
+        return f"{folder}/{path}"
+    return os.path.abspath(os.path.join(folder, path))
 
 
 def _reasons(found: Any) -> list[str]:

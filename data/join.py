@@ -21,7 +21,9 @@ class Counts:
     dropped: int
 
 
-def join_manifests(out: str | os.PathLike[str], manifests: Sequence[str]) -> dict[str, Counts]:
+def join_manifests(
+    out: str | os.PathLike[str], manifests: Sequence[str], overwrite: bool = False
+) -> dict[str, Counts]:
     """Writes the rows of several manifests as one, in their order; what cannot be used is logged.
 
     Paths are as seen from the new manifest: relative where they were relative.
@@ -29,11 +31,12 @@ def join_manifests(out: str | os.PathLike[str], manifests: Sequence[str]) -> dic
     Args:
         out: a .jsonl, .csv or .parquet file.
         manifests: files or URLs.
+        overwrite: a file at `out` is replaced.
     Returns:
         What was taken from each.
     Raises:
-        ValueError: one is given twice or is `out` itself, none of its rows can be used, or a suffix
-            is unknown.
+        ValueError: one is given twice or is `out` itself, none of its rows can be used, a suffix is
+            unknown, or `out` is there already.
         FileNotFoundError: one is missing, or the folder of `out` is.
     """
     out = Path(out)
@@ -48,6 +51,8 @@ def join_manifests(out: str | os.PathLike[str], manifests: Sequence[str]) -> dic
         if place == os.path.realpath(out):
             raise ValueError(f"{name} would be overwritten; write the joined manifest elsewhere")
         seen.add(place)
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} is there already; give another name first, or --overwrite")
     found = [read_manifest(name) for name in manifests]
     for manifest in found:
         manifest.warn_of_bad_rows()
@@ -80,4 +85,6 @@ def _seen_from(folder: Path, path: str, place: str) -> str:
     """
     if "://" in place or os.path.isabs(path):
         return place
-    return os.path.relpath(os.path.realpath(place), os.path.realpath(folder))
+    # Of the folder alone: a link's own name says what kind of file it is.
+    real = os.path.join(os.path.realpath(os.path.dirname(place)), os.path.basename(place))
+    return os.path.relpath(real, os.path.realpath(folder))

@@ -101,17 +101,15 @@ def add_references(
         workers: processes; default one a core.
         file_seconds: after which a file on which a decoder hangs is given up.
     Raises:
-        ValueError: a number is out of range, or the manifest would be overwritten.
+        ValueError: a number is out of range, or the folder has another manifest's pictures, or one.
     """
     for name, value in (("keep", keep), ("apart", apart), ("file_seconds", file_seconds)):
         if not 0 < value < float("inf"):
             raise ValueError(f"{name}={value:g}: expected a number of seconds above 0")
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
+    _claim(out, manifest)
     target = out / "manifest.jsonl"
-    if isinstance(manifest.path, Path) and target.resolve() == manifest.path.resolve():
-        raise ValueError(f"{manifest.path} would be overwritten; use another folder")
-    out.mkdir(parents=True, exist_ok=True)
     asked = [index for index, row in enumerate(manifest.rows) if not row.references]
     pictures = {index: out / _picture(manifest, index) for index in asked}
     pieces = (_piece(manifest, index, pictures[index]) for index in asked)
@@ -143,9 +141,43 @@ def _piece(manifest: Manifest, index: int, picture: Path) -> Piece:
     return Piece(manifest.locate(row), row.start or 0.0, row.end, row.crop, picture)
 
 
+def _version(place: str) -> str:
+    """A file's whole path, and what changes with its contents."""
+    if "://" in place:
+        return place
+    place = os.path.abspath(place)
+    try:
+        status = os.stat(place)
+    except OSError:  # reading it will say why
+        return place
+    return f"{place} {status.st_size} {status.st_mtime_ns}"
+
+
+def _claim(out: Path, manifest: Manifest) -> None:
+    """Notes down whose pictures a folder has, or compares.
+
+    Raises:
+        ValueError: they are another manifest's, or the folder has a manifest of its own.
+    """
+    name = str(manifest.path)
+    source = name if "://" in name else os.path.realpath(name)
+    note = out / "source.txt"
+    if note.is_file():
+        found = note.read_text().strip()
+        if found != source:
+            raise ValueError(f"{out} has the pictures of {found}; use another folder for {source}")
+        return
+    if (out / "manifest.jsonl").exists():
+        raise ValueError(f"{out / 'manifest.jsonl'} would be overwritten; use another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(note) as unfinished:
+        unfinished.write_text(f"{source}\n")
+
+
 def _picture(manifest: Manifest, index: int) -> str:
     """Where a row's picture is, by what it is of: that of another manifest is never taken for it."""
     row = manifest.rows[index]
-    about = f"{manifest.locate(row)} {row.start} {row.end} {row.crop}"
+    place = manifest.locate(row)
+    about = f"{_version(place)} {row.start} {row.end} {row.crop}"
     name = hashlib.sha256(about.encode()).hexdigest()[:16]
     return f"{PICTURES}/{name[:2]}/{name}.png"

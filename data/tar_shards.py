@@ -98,6 +98,12 @@ def write_shards(path: str | os.PathLike[str], out: str, shard_bytes: int) -> Sh
     writer = _Writer(manifest, list(files.items()), folder, shard_bytes)
     done = Sharded(f"{out.rstrip('/')}/manifest.jsonl", num_files=len(files))
     done.num_dropped, done.num_unusable = manifest.num_dropped, len(manifest.bad)
+    local = [p for row in manifest.rows for p in manifest.locate_references(row) if "://" not in p]
+    if local and "://" in out:
+        raise ValueError(
+            f"{path}: {len(local)} reference pictures, such as {local[0]}, are on this machine, and shards "
+            "hold clips alone; put the pictures where the shards go, and their URLs into the manifest"
+        )
     lines: list[tuple[int, str]] = []
     number = first = 0
     with tqdm(total=len(files), desc="writing shards", unit="file", disable=None) as progress:

@@ -182,12 +182,7 @@ def given_references(
     Raises:
         ValueError: more than the model was trained with, or a picture of another size.
     """
-    if len(references) > info.references:
-        knows = f"at most {info.references}" if info.references else "none"
-        raise ValueError(
-            f"{len(references)} reference picture(s), and the model was trained with {knows} "
-            "(recipe.tasks.references); give fewer, or use another model"
-        )
+    require_references(info, len(references))
     result = Given()
     for number, picture in enumerate(references):
         latents = _encoded(vae, picture, height, width, count)
@@ -195,12 +190,22 @@ def given_references(
     return result
 
 
+def require_references(info: ModelInfo, count: int) -> None:
+    """Raises ValueError: the model was trained with fewer reference pictures than `count`."""
+    if count > info.references:
+        knows = f"at most {info.references}" if info.references else "none"
+        raise ValueError(
+            f"{count} reference picture(s), and the model was trained with {knows} "
+            "(recipe.tasks.references); give fewer, or use another model"
+        )
+
+
 def _encoded(vae: VAE, picture: Tensor, height: int, width: int, count: int) -> Tensor:
     """Latents (b c 1 h w) of a picture (3 h w) or one per clip (b 3 h w)."""
     images = picture[None] if picture.ndim == 3 else picture
     if images.shape[1:] != (3, height, width) or len(images) not in (1, count):
         raise ValueError(
-            f"the image has shape {tuple(picture.shape)}; expected (3 {height} {width}) or "
+            f"a given picture has shape {tuple(picture.shape)}; expected (3 {height} {width}) or "
             f"({count} 3 {height} {width})"
         )
     images = images[:, :, None].to(vae.latent_mean.device)

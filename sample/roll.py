@@ -26,7 +26,7 @@ from data.files import replacing
 from data.randomness import stream_seed
 from data.video import to_uint8, write_video
 from data.video_write import write_chunks
-from sample.given import known_frames, require_task
+from sample.given import known_frames, require_references, require_task
 from sample.pipeline import TextToVideo
 
 NOISE_LEVEL = 0.0  # of the frames that a window is given
@@ -156,6 +156,9 @@ def roll(
         raise ValueError(
             f"noise level {noise_level:g} of given frames; use 0 to below 1, such as 0.05"
         )
+    require_references(pipeline.info, len(references))
+    if image is not None:
+        require_task(pipeline.info, "first", "a given first frame")
     factor, fps = pipeline.vae.temporal_factor, pipeline.info.fps
     size = {"height": height or pipeline.info.height, "width": width or pipeline.info.width}
     model = hashlib.sha256(pipeline.info.model_dump_json().encode()).hexdigest()[:16]

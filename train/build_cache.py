@@ -61,12 +61,13 @@ def build_cache(
     device: str,
     retry: bool = False,
     stills: int = 0,
+    references: bool = False,
 ) -> str:
     """Builds what of a cache is missing; called by every process that torchrun started.
 
     Args:
         retry: make those shards anew in which clips are missing that could not be read.
-        stills: see `LatentCache`.
+        stills, references: see `LatentCache`.
     Returns:
         What was done, on the main rank; nothing on others.
     Raises:
@@ -77,7 +78,7 @@ def build_cache(
     if ranks.is_main:
         manifest.warn_of_bad_rows()
     parts = load_model(model, ranks.device, vae_only=not text)
-    cache = LatentCache(out, manifest, data, dtype, stills=stills)
+    cache = LatentCache(out, manifest, data, dtype, stills=stills, references=references)
     parts.vae.to(ranks.device).float()
     cache.build(parts.vae, ranks, retry=retry)
     lines = []

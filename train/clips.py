@@ -64,7 +64,7 @@ class TrainingClips(ClipDataset):
             random_start=data.random_start,
             backend=data.backend,
             order=order,
-            references=config.shows_references,
+            references=config.gives_references,
         )
         self._room = 0 if data.random_start else int(data.memory_gb * 1e9)  # bytes still free
         self._kept: dict[tuple[Any, ...], Tensor] = {}
@@ -210,7 +210,7 @@ def read_rows(
         for video in items["videos"]:
             clip, behind = video.tensor_split([size[0]], dim=1)
             clips.append(clip[None])
-            pictures.append(behind)
+            pictures.append(behind.clone())  # a view would keep the clip
     return kept, torch.cat(clips), pictures
 
 

@@ -184,7 +184,7 @@ class RunConfig(Section):
         return self
 
     @property
-    def shows_references(self) -> bool:
+    def gives_references(self) -> bool:
         """Whether the pictures of the clips' subjects are given in training."""
         return isinstance(self.recipe, DiTRecipeConfig) and self.recipe.tasks.references > 0
 
@@ -196,7 +196,7 @@ class RunConfig(Section):
             reason = f"does not go with train.parallel.context={self.train.parallel.context}"
         elif {"image", "last", "ends", "keyframe", "window"} & self.recipe.tasks.weights.keys():
             reason = "does not go with the tasks image, last, ends, keyframe and window"
-        elif self.shows_references:
+        elif self.gives_references:
             reason = "does not go with recipe.tasks.references, pictures beside the clips"
         elif self.train.compile:
             reason = "does not go with train.compile, which compiles anew for each length of a row"

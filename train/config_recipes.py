@@ -163,7 +163,7 @@ class TasksConfig(Section):
     independent: NonNegativeFloat = 0.0  # none, each with a noise level of its own
     window: NonNegativeFloat = 0.0  # the first few of a clip that has begun before
     # Of the steps of clips that have pictures of their subjects (the manifest's `references`), those
-    # in which these are given too, whatever the task.
+    # in which these are given: in half of them alone, in the others with what the task gives.
     references: Share = 0.0
     # Of half of what is given, the most noise that it carries (as t), which the network is told:
     # against drift, where generated frames are given in turn.

@@ -150,7 +150,8 @@ def latents(
     data = data_section(manifest, model, workers, given, None if run is None else run.data)
     recipe = None if run is None else run.recipe
     stills = num_stills(recipe.tasks) if isinstance(recipe, DiTRecipeConfig) else 0
-    said = build_cache(out, data, model, dtype, text, device, retry, stills)
+    references = run is not None and run.gives_references
+    said = build_cache(out, data, model, dtype, text, device, retry, stills, references)
     if said:
         typer.echo(said)
 

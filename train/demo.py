@@ -99,7 +99,9 @@ def render(size: Size) -> None:
             flat = [str(x) for pair in options.items() for x in pair]
             run_here("zoetrope", "data", "world", str(folder / scenario), *flat)
             manifests.append(str(folder / scenario / "manifest.jsonl"))
-        run_here("zoetrope", "data", "join", str(folder / "manifest.jsonl"), *manifests)
+        run_here(
+            "zoetrope", "data", "join", str(folder / "manifest.jsonl"), "--overwrite", *manifests
+        )
 
 
 def torchrun(config: Path) -> None:
@@ -217,7 +219,7 @@ def main(name: str = "world") -> None:
         ("sample prompts never used in training", lambda: sample(size)),
         ("score them", lambda: score(size)),
         (
-            "animate, extend, connect, loop, edit, show a subject, go on for a minute",
+            "animate, extend, connect, loop, edit, go on for a minute",
             lambda: abilities(size),
         ),
         ("write the report", lambda: report(size)),

@@ -124,7 +124,7 @@ def write_given(folder: Path) -> None:
 
 
 def examples(model: Path) -> list[Example]:
-    """One of each ability that a model folder was trained for."""
+    """One of each ability; those with references if a model folder was trained with so many."""
     known = read_model_file(model).info.references
     return [each for each in _every_example() if each.flags.count("--reference") <= known]
 

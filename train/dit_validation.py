@@ -4,7 +4,7 @@ task by task."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,7 +68,7 @@ def read_validation(recipe: DiTRecipe) -> ValidationSet:
     half = len(fitting) // 2
     others = dict(zip(fitting, [*fitting[half:], *fitting[:half]]))
     share = fitting[ranks.rank :: ranks.world_size]
-    shown = recipe.config.shows_references
+    shown = recipe.config.gives_references
     rows, video, pictures = read_rows(manifest, share, data, recipe.quarantine, shown)
     latents = _encoded(recipe, video, recipe.latent_shape)
     c, _, *size = recipe.latent_shape
@@ -149,13 +149,19 @@ def validate_tasks(recipe: DiTRecipe, clips: ValidationSet) -> dict[str, float]:
                 sums[number, 0] += losses.sum()
                 sums[number, 1] += len(losses)
     for places in _by_references(clips) if config.references else ():
-        for part in clips.take(places).parts(recipe.chunk):
-            right = torch.stack(part.references)
-            for number, shown in enumerate((right, right.roll(1, dims=0)), start=len(tasks)):
+        turned = [*places[1:], places[0]]
+        for number, pictured in enumerate((places, turned), start=len(tasks)):
+            if len(places) == 1 and pictured is turned:  # there is no other clip's
+                continue
+            shown = replace(
+                clips.take(places), references=[clips.references[place] for place in pictured]
+            )
+            for part in shown.parts(recipe.chunk):
+                beside = _clean(torch.stack(part.references))
                 for level in levels:
                     beat()
                     t = torch.full((part.latents.shape[2],), level, device=device)
-                    losses = _task_losses(recipe, part, "text", t, _clean(shown))
+                    losses = _task_losses(recipe, part, "text", t, beside)
                     sums[number, 0] += losses.sum()
                     sums[number, 1] += len(losses)
     total = recipe.ranks.sum(sums).cpu()

@@ -66,7 +66,7 @@ def cached_latents(recipe: DiTRecipe) -> CachedLatents:
     cache = LatentCache(
         *(options.latent_cache, manifest, data, options.cache_dtype, recipe.quarantine),
         stills=num_stills(options.tasks),
-        references=recipe.config.shows_references,
+        references=recipe.config.gives_references,
     )
     recipe.vae.to(ranks.device)
     cache.build(recipe.vae, ranks)

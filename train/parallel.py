@@ -232,7 +232,8 @@ def compile_blocks(recipe: Recipe, *, optional: bool) -> None:
             f"train.compile=true, but torch.compile does not work here ({reason}); it needs a "
             "C++ compiler (Triton on a GPU). Install one, or set train.compile=false"
         ) from None
-    limit = torch._dynamo.config.recompile_limit  # one compilation for each size, and its gradients
-    torch._dynamo.config.recompile_limit = max(limit, 2 * len(recipe.config.data.sizes) + 2)
+    limit = torch._dynamo.config.recompile_limit  # one for each number of tokens, and its gradients
+    shapes = len(recipe.config.data.sizes) * recipe.shapes_per_size
+    torch._dynamo.config.recompile_limit = max(limit, 2 * shapes + 2)
     for block in recipe.blocks():
         block.forward = torch.compile(block.forward, dynamic=False)

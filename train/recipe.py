@@ -73,6 +73,11 @@ class Recipe(nn.Module, ABC):
         self.weights_device = weights_device
         self.quarantine: dict[str, str] = {}  # files that this run does not touch again, and why
 
+    @property
+    def shapes_per_size(self) -> int:
+        """How many numbers of tokens the clips of one size come in."""
+        return 1
+
     @cached_property
     def order(self) -> SampleOrder:
         """Which samples each step has.

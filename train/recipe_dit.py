@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ from train.latents import cached_latents
 from train.lora import add_adapters, check_objective, export_lora
 from train.packed import packed_batch, packed_losses
 from train.recipe import Batch, Recipe, TrainData, counted_noise, counted_uniform
-from train.tasks import beside_frames, given_batch, mean_asked
+from train.tasks import beside_frames, family_of, given_batch, mean_asked
 from train.text_checkpoint import load_text_weights
 
 _log = logging.getLogger(__name__)
@@ -177,14 +178,22 @@ class DiTRecipe(Recipe):
     def model_info(self, provenance: dict[str, Any]) -> ModelInfo:
         tasks = () if self.options.tasks.only_text else tuple(self.options.tasks.weights)
         trained = {"tasks": tasks, "sizes": tuple(self.config.data.sizes)}
-        if self.config.shows_references:
-            trained["references"] = int(self.data.train.num_references.max(initial=0))
+        if self.config.gives_references:
+            seen = np.concatenate([np.asarray(rows, int) for rows in self.order.rows.values()])
+            trained["references"] = int(self.data.train.num_references[seen].max(initial=0))
         info = super().model_info(provenance).model_copy(update=trained)
         if self.options.init is None:
             return info
         origin = {**self._start.info.provenance, **provenance, "init": str(self.options.init)}
         knows_images = self._start.info.image_to_video
         return info.model_copy(update={"provenance": origin, "image_to_video": knows_images})
+
+    @property
+    def shapes_per_size(self) -> int:
+        families = len({family_of(task) for task in self.options.tasks.weights})
+        if not self.config.gives_references:
+            return families
+        return families * (1 + len(np.unique(self.data.train.num_references)))
 
     def parts(self) -> dict[str, nn.Module]:
         return {"dit": self.dit, "text": self.text, "vae (frozen)": self.vae}

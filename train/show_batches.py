@@ -95,4 +95,6 @@ def _shown(dataset: ClipDataset, sample: Sample) -> ShownClip:
         where += (
             f", {request.start:g} s to {'the end' if request.end is None else f'{request.end:g} s'}"
         )
+    if request.references:
+        where += f"; references: {', '.join(piece.references or ())}"
     return ShownClip(video, sample["caption"], where)

@@ -26,7 +26,12 @@ def sample_order(manifest: Manifest, config: RunConfig, num_tokens: NumTokens) -
         ValueError: a bucket has no row, or no row has a bucket; or a clip is larger than a packed row.
     """
     data, seed, batch_size = config.data, config.seed, config.train.batch_size
-    references = manifest.num_references if config.shows_references else None
+    references = manifest.num_references if config.gives_references else None
+    if references is not None and len(references) and not references.any():
+        raise ValueError(
+            f"recipe.tasks.references is above 0, but no row of {manifest.path} has reference "
+            "pictures; add them (docs/given.md), or leave it out"
+        )
     if data.buckets:
         rows = {bucket.size: bucket.rows for bucket in bucket_rows(manifest, data.sizes, data.fps)}
         return BucketOrder(
@@ -144,9 +149,10 @@ def describe_sizes(
             batch = order.batches[size]
             what = f"of steps; {batch:,} clips, {batch * tokens:,} tokens; {about}"
             counts = np.unique(manifest.num_references[order.rows[size]]).tolist()
-            if config.shows_references:
+            if config.gives_references:
                 shares = [f"{order.share(size, n):.1%} with {n}" for n in counts]
                 what += f"; references: {', '.join(shares)}"
+                missing += _few_rows(manifest, order, size, counts)
         else:
             name, share = f"size {size_name(size)}", means[size] / clips
             what = f"of clips; {tokens:,} tokens; {about}"
@@ -159,6 +165,17 @@ def describe_sizes(
         )
     lines += describe_waste(manifest, config, order)
     return lines + missing
+
+
+def _few_rows(manifest: Manifest, order: BucketOrder, size: Size, counts: list[int]) -> list[str]:
+    """What to say of rows with so many references that a batch has some of them several times."""
+    numbers = manifest.num_references[order.rows[size]]
+    few = [(n, rows) for n in counts if (rows := int((numbers == n).sum())) < order.batches[size]]
+    return [
+        f"{'few rows':28}{rows:,} rows of {size_name(size)} have {n} references, and a batch has "
+        f"{order.batches[size]:,} clips: it repeats them"
+        for n, rows in few
+    ]
 
 
 def describe_waste(manifest: Manifest, config: RunConfig, order: SampleOrder) -> list[str]:

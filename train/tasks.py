@@ -3,7 +3,8 @@
 A task says which latent frames are known, at which noise level, and which pictures stand beside the
 clip (dit/conditions.py). All samples of a step have one shape, so a step's family of tasks is drawn
 first, and the tasks of its samples among that family; over the steps each task is as frequent as the
-config has it. Everything is a function of (seed, step) and (seed, sample).
+config has it, but where reference pictures are given: they are alone in every other such step.
+Everything is a function of (seed, step) and (seed, sample).
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def given_batch(
     tasks, seed, device = recipe.options.tasks, recipe.config.seed, recipe.ranks.device
     g, shape = items["g"], batch["noise"].shape[1:]
     shown = "references" in items and shows_references(tasks, seed, step)
-    if shown and alone(seed, step):
+    if shown and references_alone(seed, step):
         tasks = TasksConfig(noise=tasks.noise)
     given = draw_given(tasks, seed, g, shape[1], draw_family(tasks, seed, step))
     start, stop = given.frames
@@ -202,7 +203,7 @@ def shows_references(config: TasksConfig, seed: int, step: int) -> bool:
     return numpy_generator(seed, "references", step).random() < config.references
 
 
-def alone(seed: int, step: int) -> bool:
+def references_alone(seed: int, step: int) -> bool:
     """Whether a step that gives reference pictures gives nothing else, as every other one does: what is
     given of a clip shows its subjects, and so would teach little of the pictures."""
     return numpy_generator(seed, "references alone", step).random() < 0.5

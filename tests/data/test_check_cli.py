@@ -48,6 +48,8 @@ def test_references_are_looked_at(folder):
     assert kept.startswith("kept     line 1")
     assert dropped.startswith("dropped  line 2: good.mp4: its reference ")
     assert "y.png: " in dropped
+    CliRunner().invoke(app, [*command, "--write", str(folder / "kept.csv")])
+    assert read_manifest(folder / "kept.csv").rows[0].references == ("x.png",)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -58,6 +58,17 @@ def test_urls_and_absolute_paths_stay(tmp_path):
     assert found == ["s3://b/a.mp4", "/data/a.mp4", "in/x/a.mp4"]
 
 
+def test_links_keep_their_names(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "00ff").write_bytes(b"x")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.png").symlink_to(tmp_path / "blobs" / "00ff")
+    one = tmp_path / "in" / "one.jsonl"
+    one.write_text(json.dumps({"path": "x.png", "caption": "a"}) + "\n")
+    join_manifests(tmp_path / "out.jsonl", [str(one)])
+    assert read_manifest(tmp_path / "out.jsonl").rows[0].path == "in/x.png"
+
+
 def test_what_is_left_out_is_said(worlds, tmp_path):
     bad = tmp_path / "bad.jsonl"
     good = {"path": "a.mp4", "caption": "a"}
@@ -80,6 +91,7 @@ def test_mistakes(worlds, tmp_path):
         (tmp_path / "o.jsonl", [one, one], ValueError, "is given twice"),
         (worlds[0], [one], ValueError, "would be overwritten"),
         (tmp_path / "o.txt", [one], ValueError, "expected one of"),
+        (worlds[1], [one], ValueError, "is there already; give another name first, or --overwrite"),
         (tmp_path / "no" / "o.jsonl", [one], FileNotFoundError, "no such folder"),
         (tmp_path / "o.jsonl", [str(tmp_path / "x.jsonl")], FileNotFoundError, "x.jsonl"),
     ):

@@ -87,6 +87,27 @@ def test_repeated_it_makes_no_picture_twice(clips, tmp_path):
     assert (out / "manifest.jsonl").read_bytes() == manifest
 
 
+def test_a_folder_has_the_pictures_of_one_manifest(clips, tmp_path, monkeypatch):
+    """Whatever the manifest is called from where one stands; and a changed clip has another picture."""
+    out = tmp_path / "out"
+    add_references(read_manifest(clips), out, workers=1)
+    before = set((out / "references").rglob("*.png"))
+    monkeypatch.chdir(clips.parent)
+    add_references(read_manifest(clips.name), out, workers=1)
+    assert set((out / "references").rglob("*.png")) == before
+    other = tmp_path / "other" / clips.name
+    other.parent.mkdir()
+    other.write_bytes(clips.read_bytes())
+    with pytest.raises(ValueError, match=r"has the pictures of .*; use another folder for"):
+        add_references(read_manifest(other), out, workers=1)
+    frames = np.full((30, 32, 48, 3), 90, np.uint8)
+    write_video(tmp_path / "long.mp4", frames, fps=10)
+    add_references(read_manifest(clips), out, workers=1)
+    found = read_manifest(out / "manifest.jsonl")
+    (picture,) = found.locate_references(found.rows[0])
+    assert brightness(picture) == pytest.approx(90, abs=4)
+
+
 def test_the_command(clips, tmp_path):
     zoetrope = str(Path(sys.executable).with_name("zoetrope"))
     out = tmp_path / "out"

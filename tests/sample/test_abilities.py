@@ -390,6 +390,24 @@ def test_each_window_begins_with_the_end_of_the_one_before(pipeline, tmp_path):
     assert 0.5 < share < 1.0
 
 
+def test_what_a_model_cannot_leaves_no_windows(zoetrope, tasks_folder, tmp_path):
+    three = [
+        "--reference",
+        "a.png",
+        "--reference",
+        "b.png",
+        "--reference",
+        "a.png",
+        "--minutes",
+        "0.05",
+    ]
+    code, _, errors = zoetrope(tasks_folder, *three)
+    assert code != 0
+    assert "3 reference picture(s)" in errors
+    assert not os.path.exists("out.windows")
+    assert zoetrope(tasks_folder, *three[2:])[0] == 0
+
+
 def test_killed_in_the_middle_it_goes_on(zoetrope, tasks_folder, monkeypatch):
     """With the same command, to the same video; with another one it says what differs."""
     flags = ("--minutes", "0.05", "--seed", "7")

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from data.manifest import read_manifest
 from data.world_files import WorldSpec, write_world
 from dit.conditions import reference_position
 from sample.model import load_model
 from tests.train.test_tasks import items_of, recipe_of
+from train import dit_validation
+from train.cli import app
 from train.config_file import load_config
 from train.logs import read_log
-from train.tasks import alone, shows_references
+from train.tasks import references_alone, shows_references
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,7 @@ def test_they_stand_beside_the_clip_in_their_own_places(room, subjects, tmp_path
         own = int(task == "keyframe")
         count = 0 if pictures is None else pictures.shape[2]
         found.add(count)
-        if count and alone(recipe.config.seed, step):  # nothing else is given
+        if count and references_alone(recipe.config.seed, step):  # nothing else is given
             assert batch["asked"].all()
             assert batch["asked"].shape[1] == 3
             own = 0
@@ -177,6 +180,47 @@ def test_a_run_with_references(room, subjects, tmp_path):
     assert load_model(whole / "model").info.references == 2
     plain = room.train(tmp_path / "plain", "dit", data=subjects)
     assert load_model(plain / "model").info.references == 0
+
+
+def test_the_command_makes_the_cache_that_a_run_takes(room, subjects, tmp_path):
+    folder = tmp_path / "cache"
+    recipe = {"tasks": {"ends": 1.0, "references": 0.5}, "latent_cache": str(folder)}
+    path = room.write(tmp_path / "run", "dit", data=subjects, recipe=recipe)
+    model = load_config(path).recipe.vae
+    command = ["data", "latents", subjects["manifest"], str(model), str(folder), "--config", path]
+    assert CliRunner().invoke(app, list(map(str, command))).exit_code == 0
+    before = {file: file.stat().st_mtime_ns for file in folder.glob("*.safetensors")}
+    assert before
+    recipe_of(room, tmp_path / "b", subjects, recipe["tasks"], latent_cache=str(folder)).dataset()
+    assert {file: file.stat().st_mtime_ns for file in folder.glob("*.safetensors")} == before
+
+
+def test_every_clip_is_validated_with_its_own_pictures_and_with_others(
+    room, subjects, tmp_path, monkeypatch
+):
+    recipe = recipe_of(room, tmp_path, subjects, {"references": 1.0})
+    recipe.chunk = 1  # however few are worked on at once
+    clips = dit_validation.read_validation(recipe)
+    losses, shown = dit_validation._task_losses, []
+
+    def spy(recipe, part, task, levels, beside=None):
+        if beside is not None:
+            shown.extend(zip(part.rows, beside.latents))
+        return losses(recipe, part, task, levels, beside)
+
+    monkeypatch.setattr(dit_validation, "_task_losses", spy)
+    dit_validation.validate_tasks(recipe, clips)
+    own = dict(zip(clips.rows, clips.references))
+    right = Counter(row for row, latents in shown if torch.equal(latents, own[row]))
+    wrong = Counter(row for row, latents in shown if not torch.equal(latents, own[row]))
+    assert right == wrong
+    assert set(right) == {row for row, pictures in own.items() if pictures.shape[1]}
+
+
+def test_references_that_are_nowhere_are_missed(room, subjects, tmp_path):
+    plain = Path(subjects["manifest"]).parent / "plain" / "manifest.jsonl"
+    with pytest.raises(ValueError, match=r"no row of .* has reference pictures; add them"):
+        recipe_of(room, tmp_path, {**subjects, "manifest": str(plain)}, {"references": 0.5})
 
 
 def test_mistakes(room, tmp_path):
