@@ -101,8 +101,8 @@ def write_shards(path: str | os.PathLike[str], out: str, shard_bytes: int) -> Sh
     local = [p for row in manifest.rows for p in manifest.locate_references(row) if "://" not in p]
     if local and "://" in out:
         raise ValueError(
-            f"{path}: {len(local)} reference pictures, such as {local[0]}, are on this machine, and shards "
-            "hold clips alone; put the pictures where the shards go, and their URLs into the manifest"
+            f"{path}: {len(local)} reference pictures, such as {local[0]}, are on this machine, and "
+            "shards hold clips alone; put them where the shards go, and their URLs into the manifest"
         )
     lines: list[tuple[int, str]] = []
     number = first = 0
