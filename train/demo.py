@@ -26,8 +26,10 @@ class Size:
     out: Path
     vae: Path
     dit: Path
-    clips: dict[str, int]  # for training, by scenario of the world
-    held_out: dict[str, int]
+    tasks: Path
+    clips: int
+    held_out: int
+    more: dict[str, int]  # clips of other scenarios, for the tasks alone
     prompts: int
     minutes: tuple[float, ...]  # per step
     long_minutes: float = 1.0  # of the longest video
@@ -38,19 +40,23 @@ SIZES = {
         out=Path("runs/demo"),
         vae=Path("configs/world/vae.yaml"),
         dit=Path("configs/world/dit.yaml"),
-        clips={"shapes": 16_000, "bounces": 3_200, **dict.fromkeys(LAWS, 300)},
-        held_out={"shapes": 512},
+        tasks=Path("configs/world/tasks.yaml"),
+        clips=20_000,
+        held_out=512,
+        more={"bounces": 4_000, **dict.fromkeys(LAWS, 400)},
         prompts=300,
-        minutes=(1, 2, 18, 0.3, 1.5, 1.5, 0.1),
+        minutes=(1, 2, 12, 5, 0.3, 1.5, 1.5, 0.1),
     ),
     "tiny": Size(
         out=Path("runs/demo-tiny"),
         vae=Path("configs/world/tiny-vae.yaml"),
         dit=Path("configs/world/tiny-dit.yaml"),
-        clips={"shapes": 96, "subjects": 32, "bounces": 16, **dict.fromkeys(LAWS, 16)},
-        held_out={"subjects": 8, "shapes": 8},
+        tasks=Path("configs/world/tiny-tasks.yaml"),
+        clips=128,
+        held_out=16,
+        more={"subjects": 32, **dict.fromkeys(LAWS, 16)},
         prompts=8,
-        minutes=(0.2, 0.3, 0.4, 0.2, 0.2, 0.3, 0.1),
+        minutes=(0.2, 0.3, 0.4, 0.3, 0.2, 0.2, 0.3, 0.1),
         long_minutes=0.05,
     ),
 }
@@ -91,17 +97,17 @@ def run_here(*command: str) -> None:
 
 
 def render(size: Size) -> None:
-    """The clips for training, and those for validation, of several scenarios in one manifest."""
-    for split, scenarios, seed in (("train", size.clips, 1), ("held-out", size.held_out, 2)):
-        folder, manifests = size.out / "world" / split, []
-        for scenario, clips in scenarios.items():
-            options = {"--clips": clips, "--seed": seed, "--split": split, "--scenario": scenario}
-            flat = [str(x) for pair in options.items() for x in pair]
-            run_here("zoetrope", "data", "world", str(folder / scenario), *flat)
-            manifests.append(str(folder / scenario / "manifest.jsonl"))
-        run_here(
-            "zoetrope", "data", "join", str(folder / "manifest.jsonl"), "--overwrite", *manifests
-        )
+    """Clips for training, held-out ones for validation, and more of other scenarios for the tasks."""
+    world = size.out / "world"
+    sets = [("train", "shapes", size.clips, "train", 1)]
+    sets.append(("held-out", "shapes", size.held_out, "held-out", 2))
+    sets += [(name, name, clips, "train", 1) for name, clips in size.more.items()]
+    for folder, scenario, clips, split, seed in sets:
+        options = {"--clips": clips, "--seed": seed, "--split": split, "--scenario": scenario}
+        flat = [str(x) for pair in options.items() for x in pair]
+        run_here("zoetrope", "data", "world", str(world / folder), *flat)
+    joined = [str(world / name / "manifest.jsonl") for name in ("train", *size.more)]
+    run_here("zoetrope", "data", "join", str(world / "all.jsonl"), *joined, "--overwrite")
 
 
 def torchrun(config: Path) -> None:
@@ -185,21 +191,25 @@ def report(size: Size) -> None:
             "Given more than a prompt": given,
         },
         tables=[score_table(result) for result in results],
-        logs={"VAE": out / "vae" / "log.jsonl", "DiT": out / "dit" / "log.jsonl"},
+        logs={
+            "VAE": out / "vae" / "log.jsonl",
+            "DiT": out / "dit" / "log.jsonl",
+            "DiT, with what is given": out / "tasks" / "log.jsonl",
+        },
         picture=out / "contact-sheet.png",
     )
 
 
 def link_model(size: Size) -> None:
-    """runs/demo/model is the DiT run's export, under the name that the README uses."""
-    link, target = size.out / "model", Path("dit") / "model"
+    """runs/demo/model is the last run's export, under the name that the README uses."""
+    link, target = size.out / "model", Path("tasks") / "model"
     if link.is_symlink() or not link.exists():
         link.unlink(missing_ok=True)
         link.symlink_to(target)
 
 
-def train_dit(size: Size) -> None:
-    torchrun(size.dit)
+def train_tasks(size: Size) -> None:
+    torchrun(size.tasks)
     link_model(size)
 
 
@@ -215,7 +225,8 @@ def main(name: str = "world") -> None:
     steps = (
         ("render the world", lambda: render(size)),
         ("train the video VAE", lambda: torchrun(size.vae)),
-        ("train the diffusion transformer", lambda: train_dit(size)),
+        ("train the diffusion transformer", lambda: torchrun(size.dit)),
+        ("train it on, on pictures and videos that are given", lambda: train_tasks(size)),
         ("sample prompts never used in training", lambda: sample(size)),
         ("score them", lambda: score(size)),
         (

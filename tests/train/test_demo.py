@@ -26,7 +26,7 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
     done = demo(tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     out = tmp_path / "runs" / "demo-tiny"
-    assert "[7/7]" in done.stdout
+    assert "[8/8]" in done.stdout
     assert str(out / "report.html") in done.stdout
     page = (out / "report.html").read_text()
     every = examples(out / "model")
@@ -61,7 +61,7 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_module, "run", run)
     demo_module.main("tiny")
     again = capsys.readouterr().out
-    assert again.count("steps are done already") == 2
+    assert again.count("steps are done already") == 3
     assert again.count("this model is scored already") == 2
     assert again.count("there already") == len(made)
 
