@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo gallery test chaos fuzz lint format bench clean
+.PHONY: setup demo abilities gallery test chaos fuzz lint format bench clean
 
 setup: $(STAMP)
 
@@ -22,7 +22,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/python -m train.demo $(DEMO)
 
-# One example of each ability of the demo's model, for docs/gallery.md.
+# After the demo: trains its model on, to be given pictures and videos; one example of each ability.
+abilities: setup
+	@$(BIN)/python -m train.demo $(DEMO) abilities
+
+# The same examples, as a page of the documentation.
 gallery: setup
 	@$(BIN)/python -m train.gallery $(DEMO)
 

@@ -1,4 +1,5 @@
-"""`make demo`: from nothing to scored videos, as the commands a user would type themselves.
+"""`make demo`: from nothing to scored videos, as the commands a user would type themselves; and `make
+abilities`, which trains the demo's model on to be given pictures and videos.
 
 Every step can be interrupted: the same command finds what is done and goes on from there.
 """
@@ -10,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +31,10 @@ class Size:
     tasks: Path
     clips: int
     held_out: int
-    more: dict[str, int]  # clips of other scenarios, for the tasks alone
+    more: dict[str, int]  # clips of other scenarios, for the abilities
     prompts: int
-    minutes: tuple[float, ...]  # per step
+    minutes: tuple[float, ...]  # per step of the demo, and of the abilities
+    more_minutes: tuple[float, ...]
     long_minutes: float = 1.0  # of the longest video
 
 
@@ -45,7 +48,8 @@ SIZES = {
         held_out=512,
         more={"bounces": 4_000, **dict.fromkeys(LAWS, 400)},
         prompts=300,
-        minutes=(1, 2, 12, 5, 0.3, 1.5, 1.5, 0.1),
+        minutes=(1, 2, 16, 0.3, 1.5, 0.1),
+        more_minutes=(0.3, 7, 2, 0.1),
     ),
     "tiny": Size(
         out=Path("runs/demo-tiny"),
@@ -56,7 +60,8 @@ SIZES = {
         held_out=16,
         more={"subjects": 32, **dict.fromkeys(LAWS, 16)},
         prompts=8,
-        minutes=(0.2, 0.3, 0.4, 0.3, 0.2, 0.2, 0.3, 0.1),
+        minutes=(0.1, 0.3, 0.4, 0.2, 0.2, 0.1),
+        more_minutes=(0.1, 0.3, 0.3, 0.1),
         long_minutes=0.05,
     ),
 }
@@ -97,17 +102,24 @@ def run_here(*command: str) -> None:
 
 
 def render(size: Size) -> None:
-    """Clips for training, held-out ones for validation, and more of other scenarios for the tasks."""
+    """The training clips, and held-out ones for validation."""
+    for split, clips, seed in (("train", size.clips, 1), ("held-out", size.held_out, 2)):
+        _render(size, split, "shapes", clips, split, seed)
+
+
+def render_more(size: Size) -> None:
+    """Clips of other scenarios, and a manifest of them and the training clips."""
     world = size.out / "world"
-    sets = [("train", "shapes", size.clips, "train", 1)]
-    sets.append(("held-out", "shapes", size.held_out, "held-out", 2))
-    sets += [(name, name, clips, "train", 1) for name, clips in size.more.items()]
-    for folder, scenario, clips, split, seed in sets:
-        options = {"--clips": clips, "--seed": seed, "--split": split, "--scenario": scenario}
-        flat = [str(x) for pair in options.items() for x in pair]
-        run_here("zoetrope", "data", "world", str(world / folder), *flat)
+    for scenario, clips in size.more.items():
+        _render(size, scenario, scenario, clips, "train", 1)
     joined = [str(world / name / "manifest.jsonl") for name in ("train", *size.more)]
     run_here("zoetrope", "data", "join", str(world / "all.jsonl"), *joined, "--overwrite")
+
+
+def _render(size: Size, folder: str, scenario: str, clips: int, split: str, seed: int) -> None:
+    options = {"--clips": clips, "--seed": seed, "--split": split, "--scenario": scenario}
+    flat = [str(x) for pair in options.items() for x in pair]
+    run_here("zoetrope", "data", "world", str(size.out / "world" / folder), *flat)
 
 
 def torchrun(config: Path) -> None:
@@ -159,7 +171,23 @@ def score(size: Size) -> None:
 
 def abilities(size: Size) -> None:
     """One example of each."""
-    sample_examples(size.out / "model", size.out / "abilities", run_here, size.long_minutes)
+    model, folder = size.out / "tasks" / "model", size.out / "abilities"
+    sample_examples(model, folder, run_here, size.long_minutes)
+
+
+def report_abilities(size: Size) -> None:
+    """The page that shows them, with what was given."""
+    from eval.report import ReportVideo, write_report
+
+    shown = pages(size.out / "tasks" / "model", size.out / "abilities")
+    write_report(
+        size.out / "abilities.html",
+        title="Zoetrope: given more than a text",
+        intro="The demo's model, trained on for a few minutes to be given pictures and videos. What is "
+        "given stands before what was made of it.",
+        videos={"One example of each": [ReportVideo(*each) for each in shown]},
+        logs={"DiT": size.out / "tasks" / "log.jsonl"},
+    )
 
 
 def report(size: Size) -> None:
@@ -173,81 +201,93 @@ def report(size: Size) -> None:
         ReportVideo(out / "samples" / f"sample-{i:03d}.mp4", prompt)
         for i, prompt in enumerate(prompts)
     ]
-    given = [
-        ReportVideo(path, text, note)
-        for path, text, note in pages(out / "model", out / "abilities")
-    ]
     splits = ("held-out", "combinations")
     results = [json.loads((out / f"scores-{split}.json").read_text()) for split in splits]
     write_report(
         out / "report.html",
         title="Zoetrope: videos that this machine learned to make from text",
         intro="A video VAE and a diffusion transformer, trained from nothing on the procedural "
-        "world (32x32 pixels: objects that move straight or bounce, and three laws of motion), on text "
-        "and on all else that it is given below.",
-        videos={
-            "Prompts never used in training": videos[:12],
-            "Pairs never seen": videos[12:],
-            "Given more than a prompt": given,
-        },
+        "world (level 1: one object, straight motions in four directions, 32x32 pixels).",
+        videos={"Prompts never used in training": videos[:12], "Pairs never seen": videos[12:]},
         tables=[score_table(result) for result in results],
-        logs={
-            "VAE": out / "vae" / "log.jsonl",
-            "DiT": out / "dit" / "log.jsonl",
-            "DiT, with what is given": out / "tasks" / "log.jsonl",
-        },
+        logs={"VAE": out / "vae" / "log.jsonl", "DiT": out / "dit" / "log.jsonl"},
         picture=out / "contact-sheet.png",
     )
 
 
 def link_model(size: Size) -> None:
-    """runs/demo/model is the last run's export, under the name that the README uses."""
-    link, target = size.out / "model", Path("tasks") / "model"
+    """runs/demo/model is the DiT run's export, under the name that the README uses."""
+    link, target = size.out / "model", Path("dit") / "model"
     if link.is_symlink() or not link.exists():
         link.unlink(missing_ok=True)
         link.symlink_to(target)
 
 
-def train_tasks(size: Size) -> None:
-    torchrun(size.tasks)
+def train_dit(size: Size) -> None:
+    torchrun(size.dit)
     link_model(size)
 
 
-def main(name: str = "world") -> None:
-    """Runs every step of the demo of that size, saying how far along it is.
+def main(name: str = "world", what: str = "demo") -> None:
+    """Runs every step of the demo of that size, or of its abilities, saying how far along it is.
 
+    Args:
+        what: "demo" or "abilities".
     Raises:
-        SystemExit: no such size, or a step failed.
+        SystemExit: no such size, no model to give abilities to, or a step failed.
     """
     if name not in SIZES:
         raise SystemExit(f"demo: DEMO={name} is unknown; use {' or '.join(SIZES)}")
-    size, begun = SIZES[name], time.monotonic()
+    size = SIZES[name]
+    command = f"make {what}" + ("" if name == "world" else f" DEMO={name}")
+    if what == "demo":
+        steps = (
+            ("render the world", render),
+            ("train the video VAE", lambda size: torchrun(size.vae)),
+            ("train the diffusion transformer", train_dit),
+            ("sample prompts never used in training", sample),
+            ("score them", score),
+            ("write the report", report),
+        )
+        _go(size, steps, size.minutes, command)
+        _say_what_is_there(name, size)
+        return
+    if not (size.out / "model" / "model.yaml").is_file():
+        first = command.replace("abilities", "demo")
+        raise SystemExit(f"demo: {size.out / 'model'} is not there; run {first} first")
     steps = (
-        ("render the world", lambda: render(size)),
-        ("train the video VAE", lambda: torchrun(size.vae)),
-        ("train the diffusion transformer", lambda: torchrun(size.dit)),
-        ("train it on, on pictures and videos that are given", lambda: train_tasks(size)),
-        ("sample prompts never used in training", lambda: sample(size)),
-        ("score them", lambda: score(size)),
-        (
-            "animate, extend, connect, loop, edit, go on for a minute",
-            lambda: abilities(size),
-        ),
-        ("write the report", lambda: report(size)),
+        ("render other scenarios of the world", render_more),
+        ("train the demo's model on, to be given pictures and videos", lambda s: torchrun(s.tasks)),
+        ("animate, extend, connect, loop, edit, go on for a minute", abilities),
+        ("write the page", report_abilities),
     )
+    _go(size, steps, size.more_minutes, command)
+    print(f"  one example of each:    {size.out.resolve() / 'abilities.html'}")
+    print(f"  the model:              {size.out / 'tasks' / 'model'}")
+
+
+def _go(
+    size: Size,
+    steps: Sequence[tuple[str, Callable[[Size], None]]],
+    minutes: Sequence[float],
+    command: str,
+) -> None:
+    begun = time.monotonic()
     for i, (title, step) in enumerate(steps):
-        left = sum(size.minutes[i:])
+        left = sum(minutes[i:])
         to_go = f"about {left:.0f} min to go" if left >= 1 else "less than a minute to go"
         print(f"\n[{i + 1}/{len(steps)}] {title} ({to_go})", flush=True)
         try:
-            step()
+            step(size)
         except SystemExit as end:
-            again = "make demo" if name == "world" else f"make demo DEMO={name}"
             what = "interrupted" if end.code == 130 else f"that failed with exit code {end.code}"
-            print(f"\ndemo: {what}; {again} goes on from here")
+            print(f"\ndemo: {what}; {command} goes on from here")
             raise
-    out = size.out.resolve()
     print(f"\nDone in {(time.monotonic() - begun) / 60:.1f} min.")
+
+
+def _say_what_is_there(name: str, size: Size) -> None:
+    out = size.out.resolve()
     print(f"  videos, curves, scores: {out / 'report.html'}")
     print(f"  one picture:            {out / 'contact-sheet.png'}")
     prompt = '"a red circle moving left on a blue background"'
@@ -260,4 +300,4 @@ def main(name: str = "world") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(*sys.argv[1:3])
