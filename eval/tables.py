@@ -30,6 +30,7 @@ _FIGURES = {
     "gravity_error": "gravity error, px/frame²",
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
+    "temporal_psnr": "temporal PSNR, dB",
     # Of the parts of the world suite, where a group may stand before a figure: "GROUP: NAME".
     "identity": "the right one of 100",
     "own_motion": "both right, each with its own motion",

@@ -206,7 +206,9 @@ def test_mistakes(pipeline, arguments, message):
 
 def test_an_image_of_another_size(image_folder):
     pipeline = TextToVideo.from_folder(image_folder, "cpu")
-    with pytest.raises(ValueError, match=r"the image has shape \(3, 8, 8\); expected \(3 16 16\)"):
+    with pytest.raises(
+        ValueError, match=r"a given picture has shape \(3, 8, 8\); expected \(3 16 16\)"
+    ):
         pipeline(["x"], image=torch.zeros(3, 8, 8))
 
 

@@ -72,7 +72,7 @@ def test_vae_export_has_unit_variance_latents(room):
     manifest = read_manifest(room.folder / "train" / "manifest.jsonl")
     data = DataConfig(manifest=manifest.path, num_frames=5, height=16, width=16, fps=8)
     rows = [permuted_index(0, number, 12) for number in range(8)]
-    _, video = read_rows(manifest, rows, data, {})
+    _, video, _ = read_rows(manifest, rows, data, {})
     posterior = vae.encode(to_float(video))
     noise = counted_noise(0, "statistics", rows, posterior.mean.shape[1:], torch.device("cpu"))
     values = posterior.sample(noise).transpose(0, 1).flatten(1)
