@@ -65,7 +65,8 @@ class BucketSequence:
         self.buckets: list[Bucket] = sorted(
             shares, key=lambda bucket: stream_seed(seed, "bucket-order", *bucket)
         )
-        self.slots = _whole_numbers([dict(shares)[bucket] for bucket in self.buckets], max_period)
+        by_bucket: dict[Bucket, float | Fraction] = {**shares}
+        self.slots = _whole_numbers([by_bucket[bucket] for bucket in self.buckets], max_period)
         self.table = _fair_schedule(self.slots)
         self._earlier = np.empty_like(self.table)
         for bucket, slots in enumerate(self.slots):

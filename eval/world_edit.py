@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.randomness import numpy_generator, stream_seed
-from data.video import to_uint8
 from data.world import LEVELS, Scene, colour_shape_pairs, extents
 from data.world_captions import caption
 from data.world_motion import pick
 from eval.metrics import Estimate, mean_estimate, proportion
 from eval.tracker import track
-from eval.vae_suite import as_video, reconstruct
+from eval.vae_suite import as_clips, as_video, reconstruct
 from eval.world_clips import part_results
 from eval.world_scores import chance as words_chance
 from eval.world_scores import match
@@ -216,7 +215,7 @@ def _generate(
             seeds=[stream_seed(settings.seed, "eval", first + k) for k in range(len(prompts))],
             **sampling_options(settings),
         )
-        clips += list(to_uint8(made).permute(0, 2, 3, 4, 1).contiguous().numpy())
+        clips += as_clips(made)
         if progress is not None:
             progress("generated", len(prompts))
     return clips

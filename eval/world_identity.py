@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from data.randomness import stream_seed
-from data.video import to_float, to_uint8
+from data.video import to_float
 from data.world import LEVELS, Scene
 from data.world_render import render
 from data.world_scenarios import AXES
 from data.world_subjects import reference_scene
 from eval.metrics import Estimate, proportion
 from eval.subjects import CANDIDATES, FRAMES, has_texture, look, shrunk, subject_errors
-from eval.vae_suite import reconstruct
+from eval.vae_suite import as_clips, reconstruct
 from eval.world_clips import draw_scenes, part_results, prompt_of
 from eval.world_scores import is_permanent, score_clip
 from eval.world_suite import (
@@ -131,8 +131,7 @@ def _generate(
                 seeds=[stream_seed(settings.seed, "eval", k) for k in batch],
                 **options,
             )
-            made = to_uint8(video).permute(0, 2, 3, 4, 1).contiguous().numpy()
-            clips.update(zip(batch, made))
+            clips.update(zip(batch, as_clips(video)))
             if progress is not None:
                 progress("generated", len(batch))
     return [clips[k] for k in range(len(scenes))]

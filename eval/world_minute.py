@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.randomness import stream_seed
-from data.video import read_clip
 from data.video_write import write_chunks
 from data.world import COLOURS, Scene
 from data.world_render import render
@@ -24,7 +23,7 @@ from eval.metrics import Estimate, mean_estimate
 from eval.tracker import find_blobs, name_of
 from eval.vae_suite import reconstruct
 from eval.world_clips import draw_scenes, part_results, prompt_of
-from eval.world_suite import Progress, WorldSettings, sampling_options
+from eval.world_suite import Progress, WorldSettings, read_scene, sampling_options
 
 if TYPE_CHECKING:
     from sample.pipeline import TextToVideo
@@ -123,14 +122,7 @@ def real_video(scene: Scene) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
         write_chunks(path, pieces(), scene.fps)
-        clip = read_clip(
-            path,
-            num_frames=scene.num_frames,
-            fps=scene.fps,
-            height=scene.height,
-            width=scene.width,
-        )
-    return clip.permute(1, 2, 3, 0).contiguous().numpy()
+        return read_scene(path, scene)
 
 
 def _rolled(

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.randomness import stream_seed
-from data.video import to_uint8
 from data.world import COLOURS, Scene
 from data.world_protocol import UNITS
 from eval.metrics import Estimate, mean_estimate
 from eval.tracker import find_blobs
-from eval.vae_suite import reconstruct
+from eval.vae_suite import as_clips, reconstruct
 from eval.world_clips import draw_scenes, encoded, part_results, prompt_of
 from eval.world_suite import Progress, WorldSettings, real_clips, sampling_options
 
@@ -188,7 +187,7 @@ def _predicted(
             given=known_frames(latents, length, slice(0, known)),
             **sampling_options(settings),
         )
-        made += list(to_uint8(video).permute(0, 2, 3, 4, 1).contiguous().cpu().numpy())
+        made += as_clips(video)
         if progress is not None:
             progress("generated", len(batch))
     return made

@@ -18,12 +18,12 @@ import numpy as np
 
 from data.manifest import Manifest
 from data.randomness import numpy_generator, stream_seed
-from data.video import VideoReadError, read_clip, to_uint8, write_video
+from data.video import VideoReadError, read_clip, write_video
 from data.world import Scene, make_scene
 from data.world_captions import caption
 from data.world_render import render
 from eval.metrics import difference
-from eval.vae_suite import quality, reconstruct
+from eval.vae_suite import as_clips, quality, reconstruct
 from eval.world_scores import ClipScore, chance, score_clip, summarise
 
 if TYPE_CHECKING:
@@ -123,13 +123,14 @@ def real_clips(scenes: Sequence[Scene], progress: Progress | None = None) -> lis
         path = Path(folder) / "clip.mp4"
         for scene in scenes:
             write_video(path, render(scene), scene.fps)
-            clips.append(_read(path, scene))
+            clips.append(read_scene(path, scene))
             if progress is not None:
                 progress("real", 1)
     return clips
 
 
-def _read(path: str | os.PathLike[str], scene: Scene) -> np.ndarray:
+def read_scene(path: str | os.PathLike[str], scene: Scene) -> np.ndarray:
+    """The clip of a scene from its file, uint8 (f h w 3)."""
     clip = read_clip(
         path,
         num_frames=scene.num_frames,
@@ -168,8 +169,7 @@ def generate(
     for first in starts:
         batch = list(prompts[first : first + settings.batch_size])
         seeds = [stream_seed(settings.seed, "eval", first + i) for i in range(len(batch))]
-        video = to_uint8(pipeline(batch, seeds=seeds, **options))
-        clips[first] = list(video.permute(0, 2, 3, 4, 1).contiguous().numpy())
+        clips[first] = as_clips(pipeline(batch, seeds=seeds, **options))
         if progress is not None:
             progress("generated", len(batch))
     parts = [clips] if ranks is None else ranks.gather(clips)
@@ -269,7 +269,7 @@ def score_manifest(
             )
         try:
             scene = Scene.from_state(state)
-            scores.append(score_clip(_read(manifest.locate(row), scene), scene, exact=True))
+            scores.append(score_clip(read_scene(manifest.locate(row), scene), scene, exact=True))
         except VideoReadError:
             raise
         except (TypeError, ValueError, KeyError, IndexError) as error:

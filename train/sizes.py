@@ -148,8 +148,8 @@ def describe_sizes(
             name, share = f"bucket {size_name(size)}", order.share(size)
             batch = order.batches[size]
             what = f"of steps; {batch:,} clips, {batch * tokens:,} tokens; {about}"
-            counts = np.unique(manifest.num_references[order.rows[size]]).tolist()
             if config.gives_references:
+                counts = np.unique(manifest.num_references[order.rows[size]]).tolist()
                 shares = [f"{order.share(size, n):.1%} with {n}" for n in counts]
                 what += f"; references: {', '.join(shares)}"
                 missing += _few_rows(manifest, order, size, counts)
