@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo abilities gallery test chaos fuzz lint format bench clean
+.PHONY: setup demo gallery test chaos fuzz lint format bench clean
 
 setup: $(STAMP)
 
@@ -22,11 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/python -m train.demo $(DEMO)
 
-# After the demo: trains its model on, to be given pictures and videos; one example of each ability.
-abilities: setup
-	@$(BIN)/python -m train.demo $(DEMO) abilities
-
-# The same examples, as a page of the documentation.
+# After the demo: its examples of each ability, as a page of the documentation.
 gallery: setup
 	@$(BIN)/python -m train.gallery $(DEMO)
 
@@ -53,6 +49,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.dit_step
 	$(BIN)/python -m benchmarks.wan_step
 	$(BIN)/python -m benchmarks.feature_reuse
+	$(BIN)/python -m benchmarks.rolling
 	$(BIN)/python -m benchmarks.parallel
 	$(BIN)/python -m benchmarks.checkpoints
 	$(BIN)/python -m benchmarks.loader

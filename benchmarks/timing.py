@@ -1,10 +1,11 @@
-"""Timing: calls that take turns, medians, the first third of the calls dropped."""
+"""Timing: calls that take turns, medians, the first third of the calls dropped; and memory."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -28,6 +29,12 @@ def median_ms(
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def resident(what: str) -> int:
+    """Bytes of this process, on Linux: VmRSS now, VmHWM at the most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, repeats: int = 9) -> float:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import median_ms
+from benchmarks.timing import median_ms, resident
 from dit.vae import VAEConfig, VideoVAE
 from dit.vae_parts import decode_in_parts, encode_in_parts
 
@@ -80,12 +80,6 @@ def peak_mb(name: str, direction: str, frames: int, size: int, device: str) -> f
     if place.type == "cuda":
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     return (resident("VmHWM") - before) / 1e6
-
-
-def resident(what: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at the most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -101,9 +101,11 @@ class ClipRequest:
             return path
         return f"{path} [{self.start:g}, {'end' if self.end is None else f'{self.end:g}'}]"
 
-    def read(self) -> torch.Tensor:
+    def read(self, note: Callable[[str], None] = lambda _: None, /) -> torch.Tensor:
         """The video, uint8 (3 f h w), and behind its frames the references.
 
+        Args:
+            note: is told the path of each reference before it is touched.
         Raises:
             VideoReadError: it or a reference cannot be read, or it is too short.
         """
@@ -120,16 +122,17 @@ class ClipRequest:
             position=self.position,
             backend=self.backend,
         )
-        return torch.cat([clip, *map(self._read_reference, self.references)], dim=1)
-
-    def _read_reference(self, path: str) -> torch.Tensor:
-        _, height, width = self.size
-        try:
-            return read_clip(path, num_frames=1, fps=self.fps, height=height, width=width)
-        except VideoReadError as error:
-            raise VideoReadError(
-                self.path, f"its reference {one_line(path)}: {error.reason}"
-            ) from None
+        frames = [clip]
+        for path in self.references:
+            note(path)
+            try:
+                picture = read_clip(path, num_frames=1, fps=self.fps, height=height, width=width)
+            except VideoReadError as error:
+                raise VideoReadError(
+                    self.path, f"its reference {one_line(path)}: {error.reason}"
+                ) from None
+            frames.append(picture)
+        return torch.cat(frames, dim=1)
 
 
 class ClipDataset(Dataset[Sample]):

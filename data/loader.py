@@ -19,7 +19,7 @@ import torch
 
 from data.dataset import read_sample
 from data.pool import Lost, Note, TaskPool
-from data.video_file import VideoReadError
+from data.video_file import VideoReadError, one_line
 
 QUARANTINED = "quarantined: "  # begins the reason of a file that cost a worker
 
@@ -34,9 +34,12 @@ class Request(Protocol):
     def name(self) -> str: ...
 
     @property
+    def references(self) -> Sequence[str]: ...  # other files that are read with it
+
+    @property
     def is_here(self) -> bool: ...
 
-    def read(self) -> Any: ...
+    def read(self, note: Note = ..., /) -> Any: ...  # note is told the path of such a file before
 
 
 class Source(Protocol):
@@ -106,10 +109,11 @@ class ClipLoader:
         """The request for a sample, past files in quarantine, which are added to `bad`."""
         while True:
             request = self.dataset.request(g, bad)
-            reason = self.quarantine.get(request.path) or self.quarantine.get(request.name)
-            if reason is None:
+            files = (request.path, request.name, *request.references)
+            reasons = [self.quarantine[file] for file in files if file in self.quarantine]
+            if not reasons:
                 return request
-            bad.append((request.name, reason))
+            bad.append((request.name, reasons[0]))
 
     def _finish(self, samples: list[Any]) -> dict[str, Any]:
         batch = self.dataset.collate(samples)
@@ -238,8 +242,12 @@ class _Reader:
     def _take(self, pool: TaskPool, key: _Key, outcome: Any) -> None:
         request, bad = key.request, key.bad
         if isinstance(outcome, Lost):
-            reason = QUARANTINED + outcome.reason
-            self.loader.quarantine[request.path] = reason
+            reason, file = QUARANTINED + outcome.reason, outcome.at or request.path
+            if (
+                file != request.path
+            ):  # the file to blame is another one, which other clips may share
+                reason += f" (its reference {one_line(file)})"
+            self.loader.quarantine[file] = reason
             bad.append((request.name, reason))
         elif isinstance(outcome, VideoReadError):
             bad.append((request.name, outcome.reason))
@@ -267,5 +275,5 @@ def _read(request: Request, note: Note) -> Any:
     """In a worker. Tensors go back as arrays: their bytes through the pipe, with nothing shared that
     a worker could leave behind."""
     torch.set_num_threads(1)
-    value = request.read()
+    value = request.read(note)
     return value.numpy() if isinstance(value, torch.Tensor) else value

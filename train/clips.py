@@ -37,7 +37,7 @@ class KeptRequest(ClipRequest):
     def is_here(self) -> bool:
         return True
 
-    def read(self) -> Tensor:
+    def read(self, note: Any = None, /) -> Tensor:
         return self.video
 
 
@@ -136,9 +136,10 @@ class Unread:
     reason: str
     path: str = ""
     name: str = ""
+    references: tuple[str, ...] = ()
     is_here: bool = True
 
-    def read(self) -> None:
+    def read(self, note: Any = None, /) -> None:
         return None
 
 

@@ -1,5 +1,4 @@
-"""`make demo`: from nothing to scored videos, as the commands a user would type themselves; and `make
-abilities`, which trains the demo's model on to be given pictures and videos.
+"""`make demo`: from nothing to scored videos, as the commands a user would type themselves.
 
 Every step can be interrupted: the same command finds what is done and goes on from there.
 """
@@ -11,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +28,10 @@ class Size:
     vae: Path
     dit: Path
     tasks: Path
-    clips: int
-    held_out: int
-    more: dict[str, int]  # clips of other scenarios, for the abilities
+    clips: dict[str, int]  # by scenario; the first of them is what the texts are scored on
+    held_out: dict[str, int]
     prompts: int
-    minutes: tuple[float, ...]  # per step of the demo, and of the abilities
-    more_minutes: tuple[float, ...]
+    minutes: tuple[float, ...]  # per step
     long_minutes: float = 1.0  # of the longest video
 
 
@@ -44,24 +41,20 @@ SIZES = {
         vae=Path("configs/world/vae.yaml"),
         dit=Path("configs/world/dit.yaml"),
         tasks=Path("configs/world/tasks.yaml"),
-        clips=20_000,
-        held_out=512,
-        more={"bounces": 4_000, **dict.fromkeys(LAWS, 400)},
+        clips={"shapes": 20_000, "bounces": 4_000, **dict.fromkeys(LAWS, 600), "subjects": 6_000},
+        held_out={"shapes": 512, "subjects": 256},
         prompts=300,
-        minutes=(1, 2, 16, 0.3, 1.5, 0.1),
-        more_minutes=(0.3, 7, 2, 0.1),
+        minutes=(1.3, 2.5, 12, 7, 0.3, 1, 1.5, 0.1),
     ),
     "tiny": Size(
         out=Path("runs/demo-tiny"),
         vae=Path("configs/world/tiny-vae.yaml"),
         dit=Path("configs/world/tiny-dit.yaml"),
         tasks=Path("configs/world/tiny-tasks.yaml"),
-        clips=128,
-        held_out=16,
-        more={"subjects": 32, **dict.fromkeys(LAWS, 16)},
+        clips={"shapes": 128, **dict.fromkeys(LAWS, 16), "subjects": 32},
+        held_out={"shapes": 16, "subjects": 16},
         prompts=8,
-        minutes=(0.1, 0.3, 0.4, 0.2, 0.2, 0.1),
-        more_minutes=(0.1, 0.3, 0.3, 0.1),
+        minutes=(0.1, 0.3, 0.4, 0.3, 0.2, 0.3, 0.2, 0.1),
         long_minutes=0.05,
     ),
 }
@@ -102,24 +95,22 @@ def run_here(*command: str) -> None:
 
 
 def render(size: Size) -> None:
-    """The training clips, and held-out ones for validation."""
-    for split, clips, seed in (("train", size.clips, 1), ("held-out", size.held_out, 2)):
-        _render(size, split, "shapes", clips, split, seed)
-
-
-def render_more(size: Size) -> None:
-    """Clips of other scenarios, and a manifest of them and the training clips."""
+    """The training clips, and held-out ones for validation, each scenario in a folder of its own and
+    all of them in one manifest."""
     world = size.out / "world"
-    for scenario, clips in size.more.items():
-        _render(size, scenario, scenario, clips, "train", 1)
-    joined = [str(world / name / "manifest.jsonl") for name in ("train", *size.more)]
-    run_here("zoetrope", "data", "join", str(world / "all.jsonl"), *joined, "--overwrite")
+    for split, clips, seed in (("train", size.clips, 1), ("held-out", size.held_out, 2)):
+        for scenario, count in clips.items():
+            options = {"--clips": count, "--seed": seed, "--split": split, "--scenario": scenario}
+            flat = [str(x) for pair in options.items() for x in pair]
+            run_here("zoetrope", "data", "world", str(world / split / scenario), *flat)
+        manifests = [str(world / split / scenario / "manifest.jsonl") for scenario in clips]
+        joined = str(world / f"{split}.jsonl")
+        run_here("zoetrope", "data", "join", joined, *manifests, "--overwrite")
 
 
-def _render(size: Size, folder: str, scenario: str, clips: int, split: str, seed: int) -> None:
-    options = {"--clips": clips, "--seed": seed, "--split": split, "--scenario": scenario}
-    flat = [str(x) for pair in options.items() for x in pair]
-    run_here("zoetrope", "data", "world", str(size.out / "world" / folder), *flat)
+def texts(size: Size) -> Path:
+    """The manifest whose captions and scenes the scores keep away from."""
+    return size.out / "world" / "train" / next(iter(size.clips)) / "manifest.jsonl"
 
 
 def torchrun(config: Path) -> None:
@@ -131,7 +122,7 @@ def write_prompts(size: Size) -> Path:
     from data.manifest import read_manifest
     from eval.world_suite import WorldSettings, eval_scenes
 
-    manifest = read_manifest(size.out / "world" / "train" / "manifest.jsonl")
+    manifest = read_manifest(texts(size))
     trained = {text for row in manifest.rows for text in row.captions}
     prompts: list[str] = []
     for split, num in (("held-out", 12), ("combinations", 4)):
@@ -158,7 +149,7 @@ def sample(size: Size) -> None:
 
 def score(size: Size) -> None:
     """The table: held-out prompts and pairs never seen, unless this model has been scored."""
-    model, train = size.out / "model", size.out / "world" / "train" / "manifest.jsonl"
+    model, train = size.out / "model", texts(size)
     for split in ("held-out", "combinations"):
         scores = size.out / f"scores-{split}.json"
         if scores.is_file() and scores.stat().st_mtime > (model / "model.yaml").stat().st_mtime:
@@ -170,24 +161,8 @@ def score(size: Size) -> None:
 
 
 def abilities(size: Size) -> None:
-    """One example of each."""
-    model, folder = size.out / "tasks" / "model", size.out / "abilities"
-    sample_examples(model, folder, run_here, size.long_minutes)
-
-
-def report_abilities(size: Size) -> None:
-    """The page that shows them, with what was given."""
-    from eval.report import ReportVideo, write_report
-
-    shown = pages(size.out / "tasks" / "model", size.out / "abilities")
-    write_report(
-        size.out / "abilities.html",
-        title="Zoetrope: given more than a text",
-        intro="The demo's model, trained on for a few minutes to be given pictures and videos. What is "
-        "given stands before what was made of it.",
-        videos={"One example of each": [ReportVideo(*each) for each in shown]},
-        logs={"DiT": size.out / "tasks" / "log.jsonl"},
-    )
+    """One example of each thing that can be given beside a text."""
+    sample_examples(size.out / "model", size.out / "abilities", run_here, size.long_minutes)
 
 
 def report(size: Size) -> None:
@@ -208,75 +183,63 @@ def report(size: Size) -> None:
         title="Zoetrope: videos that this machine learned to make from text",
         intro="A video VAE and a diffusion transformer, trained from nothing on the procedural "
         "world (level 1: one object, straight motions in four directions, 32x32 pixels).",
-        videos={"Prompts never used in training": videos[:12], "Pairs never seen": videos[12:]},
+        videos={
+            "Prompts never used in training": videos[:12],
+            "Pairs never seen": videos[12:],
+            "Given more than a text: pictures and videos, and what was made of them": [
+                ReportVideo(*each) for each in pages(out / "model", out / "abilities")
+            ],
+        },
         tables=[score_table(result) for result in results],
-        logs={"VAE": out / "vae" / "log.jsonl", "DiT": out / "dit" / "log.jsonl"},
+        logs={
+            "VAE": out / "vae" / "log.jsonl",
+            "DiT, text to video": out / "dit" / "log.jsonl",
+            "DiT, all tasks": out / "tasks" / "log.jsonl",
+        },
         picture=out / "contact-sheet.png",
     )
 
 
 def link_model(size: Size) -> None:
-    """runs/demo/model is the DiT run's export, under the name that the README uses."""
-    link, target = size.out / "model", Path("dit") / "model"
+    """runs/demo/model is the last run's export, under the name that the README uses."""
+    link, target = size.out / "model", Path("tasks") / "model"
     if link.is_symlink() or not link.exists():
         link.unlink(missing_ok=True)
         link.symlink_to(target)
 
 
-def train_dit(size: Size) -> None:
-    torchrun(size.dit)
+def train_tasks(size: Size) -> None:
+    torchrun(size.tasks)
     link_model(size)
 
 
-def main(name: str = "world", what: str = "demo") -> None:
-    """Runs every step of the demo of that size, or of its abilities, saying how far along it is.
+STEPS: tuple[tuple[str, Callable[[Size], None]], ...] = (
+    ("render the world", render),
+    ("train the video VAE", lambda size: torchrun(size.vae)),
+    ("train the diffusion transformer: text to video", lambda size: torchrun(size.dit)),
+    ("train it on, to be given pictures and videos too", train_tasks),
+    ("sample prompts never used in training", sample),
+    ("animate, extend, connect, loop, edit, go on for a minute", abilities),
+    ("score the texts", score),
+    ("write the report", report),
+)
 
-    Args:
-        what: "demo" or "abilities".
+
+def main(name: str = "world") -> None:
+    """Runs every step of the demo of that size, saying how far along it is.
+
     Raises:
-        SystemExit: no such size, no model to give abilities to, or a step failed.
+        SystemExit: no such size, or a step failed.
     """
     if name not in SIZES:
         raise SystemExit(f"demo: DEMO={name} is unknown; use {' or '.join(SIZES)}")
     size = SIZES[name]
-    command = f"make {what}" + ("" if name == "world" else f" DEMO={name}")
-    if what == "demo":
-        steps = (
-            ("render the world", render),
-            ("train the video VAE", lambda size: torchrun(size.vae)),
-            ("train the diffusion transformer", train_dit),
-            ("sample prompts never used in training", sample),
-            ("score them", score),
-            ("write the report", report),
-        )
-        _go(size, steps, size.minutes, command)
-        _say_what_is_there(name, size)
-        return
-    if not (size.out / "model" / "model.yaml").is_file():
-        first = command.replace("abilities", "demo")
-        raise SystemExit(f"demo: {size.out / 'model'} is not there; run {first} first")
-    steps = (
-        ("render other scenarios of the world", render_more),
-        ("train the demo's model on, to be given pictures and videos", lambda s: torchrun(s.tasks)),
-        ("animate, extend, connect, loop, edit, go on for a minute", abilities),
-        ("write the page", report_abilities),
-    )
-    _go(size, steps, size.more_minutes, command)
-    print(f"  one example of each:    {size.out.resolve() / 'abilities.html'}")
-    print(f"  the model:              {size.out / 'tasks' / 'model'}")
-
-
-def _go(
-    size: Size,
-    steps: Sequence[tuple[str, Callable[[Size], None]]],
-    minutes: Sequence[float],
-    command: str,
-) -> None:
+    command = "make demo" + ("" if name == "world" else f" DEMO={name}")
     begun = time.monotonic()
-    for i, (title, step) in enumerate(steps):
-        left = sum(minutes[i:])
+    for i, (title, step) in enumerate(STEPS):
+        left = sum(size.minutes[i:])
         to_go = f"about {left:.0f} min to go" if left >= 1 else "less than a minute to go"
-        print(f"\n[{i + 1}/{len(steps)}] {title} ({to_go})", flush=True)
+        print(f"\n[{i + 1}/{len(STEPS)}] {title} ({to_go})", flush=True)
         try:
             step(size)
         except SystemExit as end:
@@ -284,6 +247,7 @@ def _go(
             print(f"\ndemo: {what}; {command} goes on from here")
             raise
     print(f"\nDone in {(time.monotonic() - begun) / 60:.1f} min.")
+    _say_what_is_there(name, size)
 
 
 def _say_what_is_there(name: str, size: Size) -> None:
@@ -300,4 +264,4 @@ def _say_what_is_there(name: str, size: Size) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:2])

@@ -1,6 +1,6 @@
 """`make gallery`: docs/gallery.md, one example of each ability of the demo's model.
 
-Run after `make abilities`; examples that are missing are made.
+Run after `make demo`; examples that are missing are made.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import numpy as np
 
 from data.files import replacing
 from data.video import VideoReader
-from sample.model import read_model_file
 from sample.options import write_gif, write_png
 from train.demo import SIZES, abilities
 from train.demo_abilities import Example, examples
@@ -21,10 +20,9 @@ SCALE = 4  # of the world's small pictures
 _HEAD = """# Gallery
 
 One example of each ability of the demo's model, which two CPU cores trained from nothing
-([README](../README.md)), and on for {steps:,} steps with pictures and videos that are given. `make
-abilities` makes them; `make gallery` made this page of what is in `{out}`. Nothing is picked out:
-each is the first that was made. What each ability is: [given.md](given.md); how well the model does
-it: [eval-world.md](eval-world.md).
+([README](../README.md)). `make demo` makes them; `make gallery` made this page of what is in `{out}`.
+Nothing is picked out: each is the first that was made. What each ability is: [given.md](given.md); how
+well the model does it: [demo-recipe.md](demo-recipe.md).
 
 | given | prompt and flags | made |
 |---|---|---|
@@ -78,14 +76,13 @@ def main(name: str = "world", page: str = "docs/gallery.md") -> None:
         SystemExit: that demo has not been made.
     """
     size, target = SIZES[name], Path(page)
-    model, folder = size.out / "tasks" / "model", size.out / "abilities"
+    model, folder = size.out / "model", size.out / "abilities"
     if not (model / "model.yaml").is_file():
-        raise SystemExit(f"gallery: {model} is not there; run make demo and make abilities first")
+        raise SystemExit(f"gallery: {model} is not there; run make demo first")
     abilities(size)
     target.with_suffix("").mkdir(parents=True, exist_ok=True)
-    steps = read_model_file(model).info.provenance.get("step") or 0
     rows = [line(example, folder, target) for example in examples(model)]
-    text = _HEAD.format(out=size.out, steps=int(steps)) + "\n".join(rows) + "\n"
+    text = _HEAD.format(out=size.out) + "\n".join(rows) + "\n"
     with replacing(target) as partial:
         partial.write_text(text, encoding="utf-8")
     print(f"{target}: {len(rows)} examples")

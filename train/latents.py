@@ -46,7 +46,7 @@ class LatentRequest(ClipRequest):
     def is_here(self) -> bool:
         return self.kept is not None or bool(self.reason)
 
-    def read(self) -> Tensor:
+    def read(self, note: Any = None, /) -> Tensor:
         """Mean and standard deviation, (2 c f h w)."""
         if self.reason:
             raise VideoReadError(self.path, self.reason)

@@ -22,36 +22,45 @@ class Request:
     g: int
     path: str
     is_here: bool = False
+    references: tuple[str, ...] = ()
 
     @property
     def name(self):
         return self.path
 
-    def read(self):
-        kind = self.path.split("-")[0]
-        if kind == "hang":
-            time.sleep(600)
-        if kind == "crash":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if kind == "bad":
-            raise VideoReadError(self.path, "damaged")
-        if kind == "wrong":
-            raise KeyError("a mistake of the program")
-        if kind == "slow":
-            time.sleep(0.2)
+    def read(self, note=None, /):
+        behave(self.path)
+        for path in self.references:
+            note(path)
+            behave(path)
         return torch.full((2,), self.g)
+
+
+def behave(path):
+    kind = path.split("-")[0]
+    if kind == "hang":
+        time.sleep(600)
+    if kind == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if kind == "bad":
+        raise VideoReadError(path, "damaged")
+    if kind == "wrong":
+        raise KeyError("a mistake of the program")
+    if kind == "slow":
+        time.sleep(0.2)
 
 
 class Files:
     """Sample g is of file g modulo their number; a bad one is replaced by the next."""
 
-    def __init__(self, *paths, here=False):
-        self.paths, self.here = paths, here
+    def __init__(self, *paths, here=False, references=None):
+        self.paths, self.here, self.references = paths, here, references or {}
 
     def request(self, g, bad=()):
         if len(bad) > 5:
             raise ValueError("too many in a row")
-        return Request(g, self.paths[(g + len(bad)) % len(self.paths)], self.here)
+        path = self.paths[(g + len(bad)) % len(self.paths)]
+        return Request(g, path, self.here, self.references.get(path, ()))
 
     def sample(self, request, value, bad):
         return {"value": value, "path": request.path, "bad": list(bad), "g": request.g}
@@ -108,6 +117,19 @@ def test_a_file_that_hangs_and_one_that_crashes_are_replaced_and_named_once_trie
     assert time.monotonic() - began < 60
     again = take(5, files, workers=0, quarantine=quarantine)  # which would hang without it
     assert [path for batch in again for path in batch["paths"]] == paths
+
+
+def test_of_a_clip_with_pictures_the_file_that_hangs_is_quarantined():
+    pictures = {"good-0": ("good-9", "hang-8"), "good-1": ("good-9",), "good-2": ("hang-8",)}
+    files, quarantine = Files("good-0", "good-1", "good-2", references=pictures), {}
+    found = take(2, files, workers=1, file_seconds=2.0, quarantine=quarantine)
+    assert [path for batch in found for path in batch["paths"]] == ["good-1"] * 6
+    reason = f"{QUARANTINED}it took longer than 2 s (its reference hang-8)"
+    assert quarantine == {"hang-8": reason}
+    assert {entry for batch in found for entry in batch["bad"]} == {
+        ("good-0", reason),
+        ("good-2", reason),
+    }
 
 
 def test_what_is_in_memory_does_not_go_to_a_worker():

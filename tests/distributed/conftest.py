@@ -1,7 +1,9 @@
 """The tiny world and configs of tests/train, and torchrun."""
 
+import contextlib
 import importlib.util
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -54,12 +56,15 @@ for line in open(sys.argv[1]):
 
 @pytest.fixture(scope="session")
 def free_port():
-    """Finds a port that nothing listens at."""
+    """Finds a port that nothing listens at, of those that systems do not hand out by themselves: what
+    is found may be used minutes later."""
 
     def find():
-        with socket.socket() as sock:
-            sock.bind(("localhost", 0))
-            return sock.getsockname()[1]
+        for port in random.sample(range(15_000, 30_000), 1_000):
+            with contextlib.suppress(OSError), socket.socket() as sock:
+                sock.bind(("localhost", port))
+                return port
+        raise RuntimeError("no free port")
 
     return find
 

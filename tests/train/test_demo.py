@@ -27,17 +27,24 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
     done = demo(tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     out = tmp_path / "runs" / "demo-tiny"
-    assert "[6/6]" in done.stdout
+    assert "[8/8]" in done.stdout
     assert str(out / "report.html") in done.stdout
+    every = examples(out / "model")
+    assert any("--reference" in example.flags for example in every)
+    made = [out / "abilities" / example.name for example in every]
+    assert all(path.stat().st_size for path in made)
+    given = [name for example in every for name in example.inputs]
+    videos = sum(name.endswith(".mp4") for name in [*given, *(path.name for path in made)])
     page = (out / "report.html").read_text()
-    assert page.count("<video") == 16
+    assert page.count("<video") == 16 + videos
+    assert page.count('<img class="still"') == len(given) + len(made) - videos
     assert "all four together" in page
     assert (out / "contact-sheet.png").read_bytes()[:4] == b"\x89PNG"
     for split in ("held-out", "combinations"):
         scores = json.loads((out / f"scores-{split}.json").read_text())["scores"]
         assert scores["generated"]["joint"]["num"] == 8
         assert scores["real"]["joint"]["value"] == 1
-    trained = (out / "world" / "train" / "manifest.jsonl").read_text()
+    trained = (out / "world" / "train" / "shapes" / "manifest.jsonl").read_text()
     for prompt in (out / "prompts.txt").read_text().splitlines():
         assert f'"{prompt}"' not in trained
 
@@ -56,40 +63,18 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_module, "run", run)
     demo_module.main("tiny")
     again = capsys.readouterr().out
-    assert again.count("steps are done already") == 2
+    assert again.count("steps are done already") == 3
+    assert again.count("there already") == len(made)
     assert again.count("this model is scored already") == 2
     assert (out / "model" / "dit.safetensors").read_bytes() == weights
 
-    give_abilities(out, tmp_path, capsys)
-
-
-def give_abilities(out, folder, capsys):
-    """`make abilities DEMO=tiny`, twice, and `make gallery`."""
-    demo_module.main("tiny", "abilities")
-    said = capsys.readouterr().out
-    assert "[4/4]" in said
-    every = examples(out / "tasks" / "model")
-    assert any("--reference" in example.flags for example in every)
-    made = [out / "abilities" / example.name for example in every]
-    assert all(path.stat().st_size for path in made)
-    given = [name for example in every for name in example.inputs]
-    videos = sum(name.endswith(".mp4") for name in [*given, *(path.name for path in made)])
-    page = (out / "abilities.html").read_text()
-    assert page.count("<video") == videos
-    assert page.count('<img class="still"') == len(given) + len(made) - videos
-
-    demo_module.main("tiny", "abilities")
-    again = capsys.readouterr().out
-    assert again.count("steps are done already") == 1
-    assert again.count("there already") == len(made)
-
-    gallery.main("tiny", str(folder / "page" / "gallery.md"))
-    page = (folder / "page" / "gallery.md").read_text()
+    gallery.main("tiny", str(tmp_path / "page" / "gallery.md"))
+    page = (tmp_path / "page" / "gallery.md").read_text()
     assert page.count("\n|") == len(made) + 2
     shown = re.findall(r"\]\((gallery/[^)]+)\)", page)
     assert len(shown) == len(made) + len(given)
     for name in shown:
-        assert Image.open(folder / "page" / name).size == (128, 128)
+        assert Image.open(tmp_path / "page" / name).size == (128, 128)
 
 
 def test_an_unknown_demo_is_refused(tmp_path):
@@ -100,7 +85,7 @@ def test_an_unknown_demo_is_refused(tmp_path):
     assert "DEMO=huge is unknown; use world or tiny" in done.stderr
 
 
-def test_abilities_come_after_the_demo(tmp_path, monkeypatch):
+def test_the_gallery_comes_after_the_demo(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="model is not there; run make demo DEMO=tiny first"):
-        demo_module.main("tiny", "abilities")
+    with pytest.raises(SystemExit, match="model is not there; run make demo first"):
+        gallery.main("tiny", str(tmp_path / "gallery.md"))
