@@ -146,19 +146,55 @@ def lengthen(
 ) -> Tensor:
     """A video (3 f h w) with more frames behind it, or before it; in as many windows as that takes.
 
-    The video's own frames are in it as they are. Each window has the next of the seeds.
+    The video's own frames are in it as they are. Each window has the next of the seeds. Forwards, a
+    model that was trained with the task `window` goes on from its own latents, so that what it made
+    does not pass through the VAE again; otherwise each is given the end of what is there by then.
 
     Args:
         more: how many frames.
     Raises:
         ValueError: as `extend_forward` and `extend_backward`.
     """
+    streams = not backward and "window" in pipeline.info.tasks and window.given + window.new > 2
+    if streams and more > window.new * pipeline.vae.temporal_factor:
+        new = _gone_on(pipeline, prompt, video, window, more, seeds, **options)
+        return torch.cat([video, new], dim=1)
     longer, left = extend_backward if backward else extend_forward, more
     while left > 0:
         new = longer(pipeline, prompt, video, window, seeds=[next(seeds)], **options)
         parts = (new[:, -left:], video) if backward else (video, new[:, :left])
         video, left = torch.cat(parts, dim=1), left - new.shape[1]
     return video
+
+
+def _gone_on(
+    pipeline: TextToVideo,
+    prompt: str,
+    video: Tensor,
+    window: Window,
+    more: int,
+    seeds: Iterator[int],
+    **options: Any,
+) -> Tensor:
+    """The `more` frames that follow a video (3 f h w), latents going on from window to window.
+
+    The first window is `extend_forward`'s. Later ones are as `sample.roll` has them: without a first
+    latent frame, which is of one frame, and given half of what remains.
+    """
+    require_task(pipeline.info, "leading", "extending a video")
+    factor, held, length = pipeline.vae.temporal_factor, window.given, window.given + window.new
+    every = leading_frames(pipeline, video, window)
+    shown, wanted = 1 + (held - 1) * factor, held + -(-more // factor)
+    later = length - 1, max(1, (length - 1) // 2)
+    while every.shape[2] < wanted:
+        known = known_frames(every[:, :, -held:].to(pipeline.device), length, slice(0, held))
+        set_here = {**_size(video), "frames": 1 + (length - 1) * factor, "seeds": [next(seeds)]}
+        made = pipeline([prompt], given=known, **{**options, **set_here}, output="latents")
+        every = torch.cat([every.to(made), made[:, :, held:]], dim=2)
+        length, held = later
+    frames = pipeline.decode(every)[0]
+    offset = _offset(frames[:, :shown], video[:, -shown:])
+    return _matched(frames[:, shown : shown + more], offset).to(video)
 
 
 def connect(
@@ -207,8 +243,11 @@ def _sample(
     if end is not None:
         given = joined(given, known_frames(end, length, slice(length - end.shape[2], length)))
     frames = 1 + (length - 1) * pipeline.vae.temporal_factor
-    size = {"frames": frames, "height": like.shape[2], "width": like.shape[3]}
-    return pipeline([prompt], given=given, **{**options, **size})[0]
+    return pipeline([prompt], given=given, **{**options, **_size(like), "frames": frames})[0]
+
+
+def _size(video: Tensor) -> dict[str, int]:
+    return {"height": video.shape[2], "width": video.shape[3]}
 
 
 def _matched(video: Tensor, offset: Tensor) -> Tensor:

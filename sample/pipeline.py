@@ -284,9 +284,21 @@ class TextToVideo:
             )
         latents = given.finished(latents)
         self.work = _work(guided)
-        if output == "latents":
-            return latents.float().cpu()
-        video = self._decode(latents.float())
+        return latents.float().cpu() if output == "latents" else self.decode(latents)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Latents (1 c f h w) of a video (3 f h w) in [-1, 1]: the posterior's mean."""
+        return self.vae.encode(video[None].to(self.device)).mean
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The video (b 3 f h w) in [-1, 1], on the CPU, of normalised latents (b c f h w).
+
+        Raises:
+            ValueError: it has values that are not finite.
+        """
+        video = self._decoded(latents.to(self.device).float())
         if not torch.isfinite(video).all():
             raise ValueError(
                 "the sampled video has values that are not finite; use another guidance or sampler, "
@@ -294,12 +306,7 @@ class TextToVideo:
             )
         return video.clamp(-1, 1).cpu()
 
-    @torch.no_grad()
-    def encode(self, video: Tensor) -> Tensor:
-        """Latents (1 c f h w) of a video (3 f h w) in [-1, 1]: the posterior's mean."""
-        return self.vae.encode(video[None].to(self.device)).mean
-
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _decoded(self, latents: Tensor) -> Tensor:
         """In parts where the whole clip is large and the VAE gives the same result from them."""
         if self.vae.halos is None:
             return self.vae.decode(latents)

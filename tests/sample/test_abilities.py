@@ -13,7 +13,15 @@ from PIL import Image
 from data.video import to_float, to_uint8, write_video
 from sample.abilities import read_video
 from sample.edit import edit, kept_latents
-from sample.extend import Window, connect, extend_backward, extend_forward, loop, window_of
+from sample.extend import (
+    Window,
+    connect,
+    extend_backward,
+    extend_forward,
+    lengthen,
+    loop,
+    window_of,
+)
 from sample.pipeline import TextToVideo
 from sample.roll import Plan, Schedule, decoded, plan_windows, roll
 from train.cli import main
@@ -268,6 +276,27 @@ def test_extensions_begin_where_the_video_ends(pipeline, videos):
     assert seen[0][1][0, 2] > 0.9
     torch.testing.assert_close(seen[-1][0][:1, :, 2:], begin)
     assert seen[-1][1][0, 2] == 0
+
+
+def test_long_extensions_pass_through_the_vae_once(pipeline, videos, monkeypatch):
+    """The second window is given what the first one made, as it is; the first is `extend_forward`'s."""
+    seen, encoded = [], []
+    whole, encode = pipeline.dit.forward, pipeline.encode
+    look = lambda x, t, *a, **k: seen.append((x.clone(), t)) or whole(x, t, *a, **k)  # noqa: E731
+    monkeypatch.setattr(pipeline.dit, "forward", look)
+    monkeypatch.setattr(pipeline, "encode", lambda v: encoded.append(v.shape[1]) or encode(v))
+    window, seeds = Window(2, 1), {"steps": 2}
+    longer = lengthen(pipeline, "x", videos[0], window, 10, iter([5, 6, 7]), **seeds)
+    assert encoded == [5]
+    assert longer.shape == (3, 14 + 10, 16, 16)
+    assert torch.equal(longer[:, :14], videos[0])
+    shapes = [x.shape[2] for x, _ in seen]
+    assert shapes == [3] * shapes.count(3) + [2] * shapes.count(2)
+    assert {t[0, 0].item() for x, t in seen if x.shape[2] == 2} == {0}
+    second, third = (x[0] for x, _ in (seen[shapes.count(3)], seen[-1]))
+    assert not torch.equal(second[:, 0], third[:, 0])
+    first = extend_forward(pipeline, "x", videos[0], window, **QUICK)
+    torch.testing.assert_close(longer[:, 14:18], first, atol=1e-4, rtol=0)
 
 
 def test_colours_do_not_jump(pipeline, videos, monkeypatch):
