@@ -78,6 +78,9 @@ def several(torchrun, free_port, tmp_path_factory):
         lines = ["\t".join(map(str, (free_port(), *command))) for command in commands]
         (folder / "commands.txt").write_text("".join(f"{line}\n" for line in lines))
         (folder / "several.py").write_text(_SEVERAL)
-        return torchrun(folder / "several.py", folder / "commands.txt", processes=processes)
+        code, output = torchrun(folder / "several.py", folder / "commands.txt", processes=processes)
+        # Of hundreds of lines those of training say nothing about what went wrong.
+        lines = [line for line in output.splitlines() if not line.startswith("step ")]
+        return code, "\n".join(lines[-80:])
 
     return run
