@@ -28,8 +28,9 @@ class Size:
     vae: Path
     dit: Path
     tasks: Path
-    clips: dict[str, int]  # by scenario; the first of them is what the texts are scored on
-    held_out: dict[str, int]
+    clips: int  # of plain shapes, for the texts
+    mixed: dict[str, int]  # by scenario, for the VAE and all tasks
+    held_out: int
     prompts: int
     minutes: tuple[float, ...]  # per step
     long_minutes: float = 1.0  # of the longest video
@@ -41,18 +42,20 @@ SIZES = {
         vae=Path("configs/world/vae.yaml"),
         dit=Path("configs/world/dit.yaml"),
         tasks=Path("configs/world/tasks.yaml"),
-        clips={"shapes": 20_000, "bounces": 4_000, **dict.fromkeys(LAWS, 600), "subjects": 6_000},
-        held_out={"shapes": 512, "subjects": 256},
+        clips=20_000,
+        mixed={"shapes": 10_000, "bounces": 3_000, **dict.fromkeys(LAWS, 500), "subjects": 2_500},
+        held_out=256,
         prompts=300,
-        minutes=(1.3, 2.5, 12, 7, 0.3, 1, 1.5, 0.1),
+        minutes=(1.3, 3, 13, 6.5, 0.3, 1, 1.5, 0.1),
     ),
     "tiny": Size(
         out=Path("runs/demo-tiny"),
         vae=Path("configs/world/tiny-vae.yaml"),
         dit=Path("configs/world/tiny-dit.yaml"),
         tasks=Path("configs/world/tiny-tasks.yaml"),
-        clips={"shapes": 128, **dict.fromkeys(LAWS, 16), "subjects": 32},
-        held_out={"shapes": 16, "subjects": 16},
+        clips=128,
+        mixed={"shapes": 32, **dict.fromkeys(LAWS, 16), "subjects": 32},
+        held_out=16,
         prompts=8,
         minutes=(0.1, 0.3, 0.4, 0.3, 0.2, 0.3, 0.2, 0.1),
         long_minutes=0.05,
@@ -95,22 +98,27 @@ def run_here(*command: str) -> None:
 
 
 def render(size: Size) -> None:
-    """The training clips, and held-out ones for validation, each scenario in a folder of its own and
-    all of them in one manifest."""
-    world = size.out / "world"
-    for split, clips, seed in (("train", size.clips, 1), ("held-out", size.held_out, 2)):
-        for scenario, count in clips.items():
-            options = {"--clips": count, "--seed": seed, "--split": split, "--scenario": scenario}
-            flat = [str(x) for pair in options.items() for x in pair]
-            run_here("zoetrope", "data", "world", str(world / split / scenario), *flat)
-        manifests = [str(world / split / scenario / "manifest.jsonl") for scenario in clips]
-        joined = str(world / f"{split}.jsonl")
-        run_here("zoetrope", "data", "join", joined, *manifests, "--overwrite")
+    """Clips for the texts, others of several scenarios for the VAE and all tasks, and held-out ones."""
+    _render(size, "train", "shapes", size.clips, "train", 1)
+    mixed = [
+        _render(size, f"mixed/{scenario}", scenario, clips, "train", 3)
+        for scenario, clips in size.mixed.items()
+    ]
+    held_out = [
+        _render(size, "held-out", "shapes", size.held_out, "held-out", 2),
+        _render(size, "held-out-subjects", "subjects", size.held_out // 2, "held-out", 2),
+    ]
+    for name, manifests in (("mixed", mixed), ("held-out-mixed", held_out)):
+        joined = str(size.out / "world" / f"{name}.jsonl")
+        run_here("zoetrope", "data", "join", joined, *map(str, manifests), "--overwrite")
 
 
-def texts(size: Size) -> Path:
-    """The manifest whose captions and scenes the scores keep away from."""
-    return size.out / "world" / "train" / next(iter(size.clips)) / "manifest.jsonl"
+def _render(size: Size, folder: str, scenario: str, clips: int, split: str, seed: int) -> Path:
+    """The manifest of so many clips, in a folder of the world's."""
+    options = {"--clips": clips, "--seed": seed, "--split": split, "--scenario": scenario}
+    flat = [str(x) for pair in options.items() for x in pair]
+    run_here("zoetrope", "data", "world", str(size.out / "world" / folder), *flat)
+    return size.out / "world" / folder / "manifest.jsonl"
 
 
 def torchrun(config: Path) -> None:
@@ -122,7 +130,7 @@ def write_prompts(size: Size) -> Path:
     from data.manifest import read_manifest
     from eval.world_suite import WorldSettings, eval_scenes
 
-    manifest = read_manifest(texts(size))
+    manifest = read_manifest(size.out / "world" / "train" / "manifest.jsonl")
     trained = {text for row in manifest.rows for text in row.captions}
     prompts: list[str] = []
     for split, num in (("held-out", 12), ("combinations", 4)):
@@ -149,7 +157,7 @@ def sample(size: Size) -> None:
 
 def score(size: Size) -> None:
     """The table: held-out prompts and pairs never seen, unless this model has been scored."""
-    model, train = size.out / "model", texts(size)
+    model, train = size.out / "model", size.out / "world" / "train" / "manifest.jsonl"
     for split in ("held-out", "combinations"):
         scores = size.out / f"scores-{split}.json"
         if scores.is_file() and scores.stat().st_mtime > (model / "model.yaml").stat().st_mtime:

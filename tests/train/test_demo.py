@@ -44,7 +44,7 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
         scores = json.loads((out / f"scores-{split}.json").read_text())["scores"]
         assert scores["generated"]["joint"]["num"] == 8
         assert scores["real"]["joint"]["value"] == 1
-    trained = (out / "world" / "train" / "shapes" / "manifest.jsonl").read_text()
+    trained = (out / "world" / "train" / "manifest.jsonl").read_text()
     for prompt in (out / "prompts.txt").read_text().splitlines():
         assert f'"{prompt}"' not in trained
 
