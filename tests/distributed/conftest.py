@@ -20,14 +20,17 @@ one_thread, room, nursery = _tiny.one_thread, _tiny.room, _tiny.nursery
 
 
 @pytest.fixture(scope="session")
-def torchrun():
+def torchrun(tmp_path_factory):
     """`torchrun --standalone --nproc-per-node ...`; returns (exit code, all output)."""
+    # torch.compile's cache is shared among all processes of a user. A process that is killed, as some
+    # tests do, may leave half a library there, which the next one then cannot load.
+    cache = str(tmp_path_factory.mktemp("inductor"))
 
     def run(*arguments, processes=2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         result = subprocess.run(
             [*command, "--nproc-per-node", str(processes), *map(str, arguments)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": cache},
             capture_output=True,
             text=True,
             timeout=550,
