@@ -62,7 +62,11 @@ def main() -> None:
     pipeline = TextToVideo.from_folder(options.model, options.device)
     fps, factor = pipeline.info.fps, pipeline.vae.temporal_factor
     num_frames = round(options.minutes * 60 * fps)
-    plan = plan_windows(pipeline, num_frames)
+    try:
+        plan = plan_windows(pipeline, num_frames)
+    except ValueError as error:
+        print(f"{options.model}: {error}. Nothing measured")
+        return
     print(f"torch {torch.__version__}, {pipeline.device}, {torch.get_num_threads()} threads")
     print(
         f"{options.model}, {num_frames} frames, {plan.num_windows} windows, {options.steps} steps"

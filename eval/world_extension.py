@@ -119,7 +119,8 @@ def score_joined(video: np.ndarray, scene: Scene, case: Case, *, inner: bool) ->
     """All figures of one result, uint8 (f h w 3).
 
     Args:
-        inner: it is a real clip of the scene, and the jumps are those between all of its frames.
+        inner: it is a real clip of the scene, or what a VAE makes of all of it, and the jumps are those
+            between all of its frames.
     """
     sighting = track(video, scene.fps)
     (seen,) = match(sighting, scene.objects)
@@ -267,9 +268,12 @@ def complete(
 
 def _between(clip: np.ndarray, restored: np.ndarray, case: Case) -> np.ndarray:
     """What a model of the VAE's latents makes that knows the truth: the real clip, but for the frames
-    that are asked for."""
+    that are asked for, in colours that are matched at those given, as `sample.extend` does."""
     first, last = case.new
-    return np.concatenate([clip[:first], restored[first:last], clip[last:]])
+    given = [k for k in range(len(clip)) if not first <= k < last]
+    offset = (clip[given].astype(np.float64) - restored[given]).mean(axis=(0, 1, 2))
+    made = (restored[first:last] + offset).round().clip(0, 255).astype(np.uint8)
+    return np.concatenate([clip[:first], made, clip[last:]])
 
 
 def _video(clip: np.ndarray) -> Tensor:

@@ -179,13 +179,13 @@ def _gone_on(
     """The `more` frames that follow a video (3 f h w), latents going on from window to window.
 
     The first window is `extend_forward`'s. Later ones are as `sample.roll` has them: without a first
-    latent frame, which is of one frame, and given half of what remains.
+    latent frame, which is of one frame, and given as much, if that leaves something to make.
     """
     require_task(pipeline.info, "leading", "extending a video")
     factor, held, length = pipeline.vae.temporal_factor, window.given, window.given + window.new
     every = leading_frames(pipeline, video, window)
     shown, wanted = 1 + (held - 1) * factor, held + -(-more // factor)
-    later = length - 1, max(1, (length - 1) // 2)
+    later = length - 1, min(held, length - 2)
     while every.shape[2] < wanted:
         known = known_frames(every[:, :, -held:].to(pipeline.device), length, slice(0, held))
         set_here = {**_size(video), "frames": 1 + (length - 1) * factor, "seeds": [next(seeds)]}

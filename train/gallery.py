@@ -78,7 +78,8 @@ def main(name: str = "world", page: str = "docs/gallery.md") -> None:
     size, target = SIZES[name], Path(page)
     model, folder = size.out / "model", size.out / "abilities"
     if not (model / "model.yaml").is_file():
-        raise SystemExit(f"gallery: {model} is not there; run make demo first")
+        command = "make demo" + ("" if name == "world" else f" DEMO={name}")
+        raise SystemExit(f"gallery: {model} is not there; run {command} first")
     abilities(size)
     target.with_suffix("").mkdir(parents=True, exist_ok=True)
     rows = [line(example, folder, target) for example in examples(model)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import ChainMap
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.buckets import Size
 from data.dataset import BadFiles
-from data.loader import QUARANTINED
 from sample import processes
 from sample.processes import Ranks
 from train.agreement import check_disjoint, check_program, check_same
@@ -113,7 +113,7 @@ def _train(
 
     profiler = Profiler(profile, config.out, ranks, start_step, config.train.steps)
     unread: dict[str, str] = saved.get("unread", {})
-    recipe.quarantine.update((k, why) for k, why in unread.items() if why.startswith(QUARANTINED))
+    recipe.quarantine.update(saved.get("quarantine", {}))
     beat("reading the validation clips")
     check_validation(config, recipe, ranks)
     start_folder(config, ranks)
@@ -392,6 +392,7 @@ class Run:
             "data": data.train.fingerprint(),
             "frozen": self.frozen,
             "unread": self.all_unread(),
+            "quarantine": dict(ChainMap(*self.ranks.gather(self.recipe.quarantine))),
             "window": {"saved": self.window.values, "seconds": self.window.seconds},
             "spikes": self.spikes.state(),
             "unreported": unreported,

@@ -13,6 +13,7 @@ from eval.tables import as_text, score_table
 from eval.world_clips import draw_scenes, prompt_of
 from eval.world_extension import (
     Case,
+    _between,
     complete,
     deviation,
     make_cases,
@@ -102,6 +103,20 @@ def test_what_is_asked_for(extender, knowing):
     }
     assert (longer["forwards, straight"].total, longer["forwards, straight"].new) == (33, (29, 33))
     assert longer["forwards, bounces"].total == 65
+
+
+def test_a_perfect_model_of_the_latents(knowing):
+    """Real frames where they are given; between them the VAE's, with its mean error there taken off."""
+    case = next(case for case in make_cases(knowing) if case.name == "connection")
+    clip = np.random.default_rng(0).integers(20, 230, (case.total, 8, 8, 3), dtype=np.uint8)
+    noise = np.random.default_rng(1).integers(-3, 4, clip.shape)
+    between = _between(clip, (clip + noise + 7).astype(np.uint8), case)
+    first, last = case.new
+    assert np.array_equal(between[:first], clip[:first])
+    assert np.array_equal(between[last:], clip[last:])
+    error = between[first:last].astype(int) - clip[first:last]
+    assert abs(error.mean()) < 0.5
+    assert error.std() > 1.5
 
 
 def test_given_frames_stay_as_they_are(extender, knowing):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -280,21 +281,27 @@ def test_extensions_begin_where_the_video_ends(pipeline, videos):
 
 def test_long_extensions_pass_through_the_vae_once(pipeline, videos, monkeypatch):
     """The second window is given what the first one made, as it is; the first is `extend_forward`'s."""
-    seen, encoded = [], []
-    whole, encode = pipeline.dit.forward, pipeline.encode
-    look = lambda x, t, *a, **k: seen.append((x.clone(), t)) or whole(x, t, *a, **k)  # noqa: E731
-    monkeypatch.setattr(pipeline.dit, "forward", look)
+    calls, encoded = [], []
+    sample, encode = TextToVideo.__call__, pipeline.encode
+
+    def look(self, *arguments, **options):
+        made = sample(self, *arguments, **options)
+        calls.append((options["given"], options["seeds"], made))
+        return made
+
+    monkeypatch.setattr(TextToVideo, "__call__", look)
     monkeypatch.setattr(pipeline, "encode", lambda v: encoded.append(v.shape[1]) or encode(v))
-    window, seeds = Window(2, 1), {"steps": 2}
-    longer = lengthen(pipeline, "x", videos[0], window, 10, iter([5, 6, 7]), **seeds)
+    window = Window(2, 1)
+    longer = lengthen(pipeline, "x", videos[0], window, 10, iter([5, 6, 7]), steps=2)
     assert encoded == [5]
     assert longer.shape == (3, 14 + 10, 16, 16)
     assert torch.equal(longer[:, :14], videos[0])
-    shapes = [x.shape[2] for x, _ in seen]
-    assert shapes == [3] * shapes.count(3) + [2] * shapes.count(2)
-    assert {t[0, 0].item() for x, t in seen if x.shape[2] == 2} == {0}
-    second, third = (x[0] for x, _ in (seen[shapes.count(3)], seen[-1]))
-    assert not torch.equal(second[:, 0], third[:, 0])
+    assert [seeds for _, seeds, _ in calls] == [[5], [6], [7]]
+    assert [made.shape[2] for _, _, made in calls] == [3, 2, 2]
+    for (_, _, before), (given, _, _) in pairwise(calls):
+        assert torch.equal(given.known[:, :, 0], before[:, :, -1])
+        assert given.levels[0, 0] == 0
+        assert given.levels[0, 1].isnan()
     first = extend_forward(pipeline, "x", videos[0], window, **QUICK)
     torch.testing.assert_close(longer[:, 14:18], first, atol=1e-4, rtol=0)
 

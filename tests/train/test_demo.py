@@ -44,7 +44,8 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
         scores = json.loads((out / f"scores-{split}.json").read_text())["scores"]
         assert scores["generated"]["joint"]["num"] == 8
         assert scores["real"]["joint"]["value"] == 1
-    trained = (out / "world" / "train" / "manifest.jsonl").read_text()
+    manifests = (out / "world" / "train" / "manifest.jsonl", out / "world" / "mixed.jsonl")
+    trained = "".join(path.read_text() for path in manifests)
     for prompt in (out / "prompts.txt").read_text().splitlines():
         assert f'"{prompt}"' not in trained
 
@@ -87,5 +88,5 @@ def test_an_unknown_demo_is_refused(tmp_path):
 
 def test_the_gallery_comes_after_the_demo(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="model is not there; run make demo first"):
+    with pytest.raises(SystemExit, match="model is not there; run make demo DEMO=tiny first"):
         gallery.main("tiny", str(tmp_path / "gallery.md"))

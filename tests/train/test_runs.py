@@ -16,6 +16,7 @@ from data.randomness import permuted_index
 from data.video import probe, to_float
 from sample.model import load_model
 from sample.processes import Ranks
+from train import loop
 from train.checkpoint import list_checkpoints
 from train.clips import read_rows
 from train.config import RunConfig
@@ -289,7 +290,7 @@ def test_a_full_disk_is_one_line(room, tmp_path, monkeypatch, capsys):
     assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 2
 
 
-def test_a_file_that_hangs_holds_up_nothing(room, tmp_path):
+def test_a_file_that_hangs_holds_up_nothing(room, tmp_path, monkeypatch):
     """Neither validation, nor training, nor the statistics of an export; nobody asks for it twice."""
     folder = tmp_path / "clips"
     shutil.copytree(room.folder / "train", folder)
@@ -298,7 +299,16 @@ def test_a_file_that_hangs_holds_up_nothing(room, tmp_path):
     os.mkfifo(stuck)  # whoever opens it waits for ever
     data = {"manifest": str(folder / "manifest.jsonl"), "validation": None}
     data |= {"num_workers": 1, "file_seconds": 2, "max_bad_share": 0.2}
-    out = room.train(tmp_path / "run", "vae", data=data, train={"steps": 6})
+    out = room.train(tmp_path / "run", "vae", data=data, train={"steps": 6, "checkpoint_interval": 3})
     assert (out / "model" / "model.yaml").is_file()
-    state = json.loads(next((out / "checkpoints").glob("*/state.json")).read_text())
+    (_, first), (_, last) = list_checkpoints(out / "checkpoints")
+    state = json.loads((first / "state.json").read_text())
     assert state["unread"] == {str(stuck): "quarantined: it took longer than 2 s"}
+    assert state["quarantine"] == state["unread"]
+
+    known, make = [], loop.make_loader
+    look = lambda *a: (known.append(dict(a[4])), make(*a))[1]  # noqa: E731
+    monkeypatch.setattr(loop, "make_loader", look)
+    shutil.rmtree(last)
+    room.train(out, "vae", data=data, train={"steps": 6, "checkpoint_interval": 3})
+    assert known == [state["quarantine"]]
