@@ -28,8 +28,8 @@ class Size:
     vae: Path
     dit: Path
     tasks: Path
-    clips: int  # of plain shapes, for the texts
-    mixed: dict[str, int]  # by scenario, for the VAE and all tasks
+    clips: int  # of plain shapes, for the VAE and the texts
+    mixed: dict[str, int]  # by scenario, for all tasks
     held_out: int
     prompts: int
     minutes: tuple[float, ...]  # per step
@@ -43,7 +43,7 @@ SIZES = {
         dit=Path("configs/world/dit.yaml"),
         tasks=Path("configs/world/tasks.yaml"),
         clips=20_000,
-        mixed={"shapes": 10_000, "bounces": 3_000, **dict.fromkeys(LAWS, 500), "subjects": 2_500},
+        mixed={"shapes": 10_000, "bounces": 3_000, **dict.fromkeys(LAWS, 500), "subjects": 1_500},
         held_out=256,
         prompts=300,
         minutes=(1.3, 3, 13, 6.5, 0.3, 1, 1.5, 0.1),
@@ -98,7 +98,7 @@ def run_here(*command: str) -> None:
 
 
 def render(size: Size) -> None:
-    """Clips for the texts, others of several scenarios for the VAE and all tasks, and held-out ones."""
+    """Clips for VAE and texts, others of several scenarios for all tasks, and held-out ones."""
     _render(size, "train", "shapes", size.clips, "train", 1)
     mixed = [
         # With the seed above, so that these have no captions of plain shapes that those have not.
