@@ -16,7 +16,8 @@ from sample.options import write_gif, write_png
 from train.demo import SIZES, abilities
 from train.demo_abilities import Example, examples
 
-SCALE = 4  # of the world's small pictures
+SCALE = 4  # of the world's small pictures; half of it for more frames than LONG, or files grow large
+LONG = 100
 _HEAD = """# Gallery
 
 One example of each ability of the demo's model, which two CPU cores trained from nothing
@@ -42,7 +43,8 @@ def read_frames(path: Path) -> tuple[np.ndarray, float]:
 def write_shown(source: Path, folder: Path) -> Path:
     """A file as browsers show it in a page of text: enlarged, a .gif or a .png."""
     frames, fps = read_frames(source)
-    frames = frames.repeat(SCALE, axis=1).repeat(SCALE, axis=2)
+    scale = SCALE if len(frames) <= LONG else SCALE // 2
+    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
     if len(frames) == 1:
         target = folder / source.name
         write_png(target, frames[0])
