@@ -46,7 +46,7 @@ SIZES = {
         mixed={"shapes": 10_000, "bounces": 3_000, **dict.fromkeys(LAWS, 500), "subjects": 1_500},
         held_out=256,
         prompts=300,
-        minutes=(1.3, 3, 13, 6.5, 0.3, 1, 1.5, 0.1),
+        minutes=(1.3, 3, 14, 7, 0.4, 2, 1.5, 0.1),
     ),
     "tiny": Size(
         out=Path("runs/demo-tiny"),
