@@ -299,7 +299,9 @@ def test_a_file_that_hangs_holds_up_nothing(room, tmp_path, monkeypatch):
     os.mkfifo(stuck)  # whoever opens it waits for ever
     data = {"manifest": str(folder / "manifest.jsonl"), "validation": None}
     data |= {"num_workers": 1, "file_seconds": 2, "max_bad_share": 0.2}
-    out = room.train(tmp_path / "run", "vae", data=data, train={"steps": 6, "checkpoint_interval": 3})
+    out = room.train(
+        tmp_path / "run", "vae", data=data, train={"steps": 6, "checkpoint_interval": 3}
+    )
     assert (out / "model" / "model.yaml").is_file()
     (_, first), (_, last) = list_checkpoints(out / "checkpoints")
     state = json.loads((first / "state.json").read_text())
