@@ -16,9 +16,8 @@ from sample.options import write_gif, write_png
 from train.demo import SIZES, abilities
 from train.demo_abilities import Example, examples
 
-SCALE = (
-    4  # of the world's small pictures; half of it for more frames than LONG, or files grow large
-)
+# Of the world's small pictures; half of it for more frames than LONG, or files grow large.
+SCALE = 4
 LONG = 100
 _HEAD = """# Gallery
 
