@@ -243,9 +243,7 @@ class _Reader:
         request, bad = key.request, key.bad
         if isinstance(outcome, Lost):
             reason, file = QUARANTINED + outcome.reason, outcome.at or request.path
-            if (
-                file != request.path
-            ):  # the file to blame is another one, which other clips may share
+            if file != request.path:  # a picture, which other clips may share
                 reason += f" (its reference {one_line(file)})"
             self.loader.quarantine[file] = reason
             bad.append((request.name, reason))

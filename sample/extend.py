@@ -155,8 +155,8 @@ def lengthen(
     Raises:
         ValueError: as `extend_forward` and `extend_backward`.
     """
-    streams = not backward and "window" in pipeline.info.tasks and window.given + window.new > 2
-    if streams and more > window.new * pipeline.vae.temporal_factor:
+    in_latents = not backward and "window" in pipeline.info.tasks and window.given + window.new > 2
+    if in_latents and more > window.new * pipeline.vae.temporal_factor:
         new = _gone_on(pipeline, prompt, video, window, more, seeds, **options)
         return torch.cat([video, new], dim=1)
     longer, left = extend_backward if backward else extend_forward, more

@@ -235,6 +235,11 @@ STEPS: tuple[tuple[str, Callable[[Size], None]], ...] = (
 )
 
 
+def command(name: str) -> str:
+    """What a user types for the demo of that size."""
+    return "make demo" + ("" if name == "world" else f" DEMO={name}")
+
+
 def main(name: str = "world") -> None:
     """Runs every step of the demo of that size, saying how far along it is.
 
@@ -244,7 +249,6 @@ def main(name: str = "world") -> None:
     if name not in SIZES:
         raise SystemExit(f"demo: DEMO={name} is unknown; use {' or '.join(SIZES)}")
     size = SIZES[name]
-    command = "make demo" + ("" if name == "world" else f" DEMO={name}")
     begun = time.monotonic()
     for i, (title, step) in enumerate(STEPS):
         left = sum(size.minutes[i:])
@@ -254,7 +258,7 @@ def main(name: str = "world") -> None:
             step(size)
         except SystemExit as end:
             what = "interrupted" if end.code == 130 else f"that failed with exit code {end.code}"
-            print(f"\ndemo: {what}; {command} goes on from here")
+            print(f"\ndemo: {what}; {command(name)} goes on from here")
             raise
     print(f"\nDone in {(time.monotonic() - begun) / 60:.1f} min.")
     _say_what_is_there(name, size)

@@ -13,7 +13,7 @@ import numpy as np
 from data.files import replacing
 from data.video import VideoReader
 from sample.options import write_gif, write_png
-from train.demo import SIZES, abilities
+from train.demo import SIZES, abilities, command
 from train.demo_abilities import Example, examples
 
 # Of the world's small pictures; half of it for more frames than LONG, or files grow large.
@@ -81,8 +81,7 @@ def main(name: str = "world", page: str = "docs/gallery.md") -> None:
     size, target = SIZES[name], Path(page)
     model, folder = size.out / "model", size.out / "abilities"
     if not (model / "model.yaml").is_file():
-        command = "make demo" + ("" if name == "world" else f" DEMO={name}")
-        raise SystemExit(f"gallery: {model} is not there; run {command} first")
+        raise SystemExit(f"gallery: {model} is not there; run {command(name)} first")
     abilities(size)
     target.with_suffix("").mkdir(parents=True, exist_ok=True)
     rows = [line(example, folder, target) for example in examples(model)]
