@@ -24,10 +24,11 @@ from dit.perceptual import PerceptualDistance
 from sample.model import ModelFile, ModelInfo, write_model_file
 from sample.processes import Ranks
 from train.config import RunConfig
-from train.config_recipes import DiTRecipeConfig, VAERecipeConfig
+from train.config_recipes import DiTRecipeConfig, TasksConfig, VAERecipeConfig
 from train.recipe import Recipe, TrainData
 from train.recipe_dit import DiTRecipe
 from train.recipe_vae import VAERecipe
+from train.tasks import FAMILIES
 
 # Of the VAEs in Wan-AI's Wan2.1-T2V-1.3B-Diffusers and Wan2.2-TI2V-5B-Diffusers on Hugging Face; their
 # latent statistics change no shape.
@@ -71,9 +72,23 @@ def recipe_on_meta(config: RunConfig, vae: str = "wan2.1") -> tuple[Recipe, list
         else:
             stood_in = _with_vae(config, config.recipe, Path(folder), vae, notes)
             kind = DiTRecipe
+            if _beside(config.recipe.tasks):
+                notes.append(_BESIDE)
         config = config.model_copy(update={"recipe": stood_in})
         recipe = kind(config, TrainData(clips, clips), ranks, torch.device("meta")).to("meta")
     return recipe, [*said.getvalue().splitlines(), *notes]
+
+
+# A step's FLOPs and memory are those of a clip alone.
+_BESIDE = (
+    "not counted: the pictures that tasks put beside clips, each one more latent frame in the steps "
+    "that show it"
+)
+
+
+def _beside(tasks: TasksConfig) -> bool:
+    """Whether any task puts a picture beside a clip."""
+    return tasks.references > 0 or any(tasks.weights.get(task) for task in FAMILIES["beside"])
 
 
 def _with_vae(

@@ -108,6 +108,9 @@ def test_what_is_not_there_is_stood_in_for():
     recipe, _ = recipe_on_meta(load_config(PRESETS / "5b.yaml"), "wan2.2")
     assert recipe.latent_shape == (48, 31, 44, 80)
     assert sum(p.numel() for p in recipe.vae.parameters()) == 704_688_668
+    for task in ("references", "keyframe", "window"):
+        given = load_config(PRESETS / "1.3b.yaml", [f"recipe.tasks.{task}=0.5"])
+        assert len(recipe_on_meta(given)[1]) == (1 if task == "window" else 2), task
     # A perceptual network of the right size as well, and none where none is asked for.
     recipe, notes = recipe_on_meta(load_config(PRESETS / "vae-4x8x8.yaml"))
     assert sum(p.numel() for p in recipe.perceptual.parameters()) == 14_714_688
