@@ -1,15 +1,16 @@
-"""What `zoetrope sample` does with given videos: extend, connect, loop and edit them, one at a time."""
+"""The flags of `zoetrope sample` that have to do with given videos and with long ones."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.randomness import stream_seed
+from sample.media import read_mask, read_video
+from sample.options import outside_trained
+from sample.schedule import Schedule, is_schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,10 +66,9 @@ class FromVideos:
             raise ValueError("--backward and --both: use one of them")
         if self.seconds is not None and not 0 < self.seconds < float("inf"):
             raise ValueError(f"--seconds {self.seconds:g}: use a number above 0")
-        if self.strength is not None and not 0 < self.strength <= 1:
+        if self.strength is not None and not 0.001 <= self.strength <= 1:
             raise ValueError(
-                f"--strength {self.strength:g}: use a number above 0 (nothing changes), at most 1 "
-                "(everything)"
+                f"--strength {self.strength:g}: use 0.001 (nothing changes) to 1 (everything)"
             )
 
     @property
@@ -76,7 +76,9 @@ class FromVideos:
         """Whether videos are given, or one is to be made in several parts."""
         return self.loop or bool(self.paths)
 
-    def check(self, pictures: list[str], frames: int | None, context: int) -> None:
+    def check(
+        self, pictures: list[str], frames: int | None, batch_size: int | None, context: int
+    ) -> None:
         """Raises ValueError: other flags do not go with these.
 
         Args:
@@ -89,6 +91,8 @@ class FromVideos:
             raise ValueError(f"{pictures[0]} does not go with a given video; leave one of them out")
         if self.edit is not None and frames is not None:
             raise ValueError("--frames: an edited video has its own length; leave it out")
+        if batch_size is not None:
+            raise ValueError("--batch-size: such videos are made one at a time; leave it out")
         if context > 1:
             raise ValueError(f"--context {context} is for clips from text and pictures alone")
 
@@ -119,70 +123,37 @@ class FromVideos:
                     file=sys.stderr,
                 )
             videos[0] = videos[0][:, :length]
+            if warning := outside_trained(pipeline.info, length, height, width):
+                print(warning, file=sys.stderr)
             if self.mask is not None:
-                mask = read_mask(self.mask, videos[0], fps)
-        return lambda prompt, seed, asked: self.make(pipeline, prompt, videos, mask, seed, asked)
+                mask = read_mask(self.mask, self.edit, videos[0], fps)
+
+        def make(prompt: str, seed: int, asked: dict[str, Any]) -> Tensor:
+            from sample.generate import generate
+
+            return generate(
+                pipeline,
+                prompt,
+                extend=videos[0] if self.extend else None,
+                connect=(videos[0], videos[1]) if self.connect else None,
+                loop=self.loop,
+                edit=videos[0] if self.edit else None,
+                mask=mask,
+                strength=0.6 if self.strength is None else self.strength,
+                seconds=1.0 if self.seconds is None else self.seconds,
+                backward=self.backward,
+                both=self.both,
+                given_latents=self.given,
+                seed=seed,
+                **asked,
+            )
+
+        return make
 
     @property
     def paths(self) -> list[Path]:
         """The videos that are read."""
         return [path for path in (self.extend, self.edit, *(self.connect or ())) if path]
-
-    def make(
-        self,
-        pipeline: TextToVideo,
-        prompt: str,
-        videos: list[Tensor],
-        mask: Tensor | None,
-        seed: int,
-        options: dict[str, Any],
-    ) -> Tensor:
-        """The video (3 f h w) in [-1, 1] that is asked for.
-
-        Args:
-            videos: those of `paths`, (3 f h w) in [-1, 1].
-            mask: (f h w), True where an edit may change something.
-            options: as `TextToVideo.__call__`.
-        """
-        import torch
-
-        from sample import edit, extend
-
-        if self.edit is not None:
-            strength = 0.6 if self.strength is None else self.strength
-            return edit.edit(pipeline, prompt, videos[0], strength, mask, seeds=[seed], **options)
-        if self.extend is not None:
-            return self._extended(pipeline, prompt, videos[0], seed, options)
-        window = extend.window_of(pipeline, options["frames"], self.given, sides=2)
-        if self.connect is not None:
-            first, second = videos
-            new = extend.connect(pipeline, prompt, first, second, window, seeds=[seed], **options)
-            return torch.cat([first, new, second], dim=1)
-        video = pipeline([prompt], seeds=[seed], **options)[0]
-        back = {**options, "image": None, "keyframes": None}
-        seeds = [stream_seed(seed, "loop", 0)]
-        return torch.cat(
-            [video, extend.loop(pipeline, prompt, video, window, seeds=seeds, **back)], dim=1
-        )
-
-    def _extended(
-        self, pipeline: TextToVideo, prompt: str, video: Tensor, seed: int, options: dict[str, Any]
-    ) -> Tensor:
-        """The given video with so many seconds more; in as many windows as that takes."""
-        from sample import extend
-
-        seconds = 1.0 if self.seconds is None else self.seconds
-        wanted = max(1, round(seconds * pipeline.info.fps))
-        seeds = (stream_seed(seed, "extend", number) for number in count())
-        for backward in (True, False):
-            if self.both or backward == self.backward:
-                window = extend.window_of(
-                    pipeline, options["frames"], self.given, backward=backward
-                )
-                video = extend.lengthen(
-                    *(pipeline, prompt, video, window, wanted, seeds), backward=backward, **options
-                )
-        return video
 
 
 @dataclass(frozen=True)
@@ -195,15 +166,25 @@ class Rolling:
 
     def check(
         self,
+        texts: Sequence[str],
         videos: FromVideos,
-        frames: int | None,
-        pictures: list[str],
-        sheet: Path | None,
-        gif: bool,
-        context: int,
+        pictures: Sequence[str],
+        others: Mapping[str, bool],
     ) -> None:
-        """Raises ValueError: a number out of range, or flags that do not go with it."""
+        """Raises ValueError: a number out of range, a schedule that cannot be, or flags that do not go
+        with it.
+
+        Args:
+            pictures: the flags of given pictures; others: flags that do not go with it, and whether
+                they are given.
+        """
         if self.minutes is None:
+            if any(map(is_schedule, texts)):
+                print(
+                    "warning: a prompt that looks like a schedule is read as it stands; schedules go "
+                    "with --minutes",
+                    file=sys.stderr,
+                )
             if self.noise_level is not None:
                 raise ValueError("--noise-level goes with --minutes, which is not there")
             if self.given is not None and not (videos.any and videos.edit is None):
@@ -211,17 +192,16 @@ class Rolling:
             return
         if not 0 < self.minutes <= 60:
             raise ValueError(f"--minutes {self.minutes:g}: use a number above 0, at most 60")
-        others = {
-            "--frames": frames is not None,
-            "--sheet": sheet is not None,
-            "--gif": gif,
-            f"--context {context}": context > 1,  # whose processes share one clip
+        refused = {
+            **others,
             "a given video or --loop": videos.any,
             **dict.fromkeys([flag for flag in pictures if flag != "--image"], True),
         }
-        for flag, is_given in others.items():
+        for flag, is_given in refused.items():
             if is_given:
                 raise ValueError(f"{flag} does not go with --minutes; leave one of them out")
+        for text in texts:
+            Schedule.parse(text, 60 * self.minutes)
 
     def write(
         self,
@@ -237,60 +217,31 @@ class Rolling:
         from tqdm import tqdm
 
         from sample import roll
+        from sample.generate import num_frames_of
 
         assert self.minutes is not None
-        num_frames = max(1, round(self.minutes * 60 * pipeline.info.fps))
+        taught, noise_level = pipeline.info.given_noise, self.noise_level or roll.NOISE_LEVEL
+        if taught is not None and noise_level > taught and ranks.is_main:
+            print(
+                f"warning: --noise-level {noise_level:g}: given frames carried {taught:g} at most when "
+                "this model was trained (recipe.tasks.noise)",
+                file=sys.stderr,
+            )
+        num_frames = num_frames_of(self.minutes, pipeline.info.fps)
         plan = roll.plan_windows(pipeline, num_frames, self.given)
         options = {k: v for k, v in options.items() if k not in ("frames", "keyframes")}
         for index in range(ranks.rank, len(texts), ranks.world_size):
             path, folder = paths[index], paths[index].with_suffix(".windows")
-            preview = path.with_name(f"{path.stem}.preview.mp4")
             windows = roll.roll(
                 pipeline,
-                roll.Schedule.parse(texts[index]),
+                Schedule.parse(texts[index]),
                 plan,
                 folder,
                 seed=seed + index,
-                noise_level=roll.NOISE_LEVEL if self.noise_level is None else self.noise_level,
+                noise_level=noise_level,
                 **options,
             )
             hidden = not ranks.is_main
             for done in tqdm(windows, total=plan.num_windows, desc="windows", disable=hidden):
-                roll.write_preview(preview, pipeline, folder, done - 1)
+                roll.write_preview(pipeline, folder, done - 1)
             roll.write_rolled(path, pipeline, plan, folder, num_frames)
-            preview.unlink(missing_ok=True)
-
-
-def read_video(flag: str, path: Path, height: int, width: int, fps: float) -> Tensor:
-    """All of a video (3 f h w) in [-1, 1], at a rate, scaled to cover a size and cut at the middle.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, or it cannot be read.
-    """
-    from data.video import VideoReader, VideoReadError, read_clip, to_float
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{flag} {path}: no such file")
-    try:
-        with VideoReader(path) as reader:
-            frames = max(1, int(reader.info.duration * fps + 1e-3))
-        clip = read_clip(path, num_frames=frames, fps=fps, height=height, width=width)
-    except VideoReadError as error:
-        raise ValueError(f"{flag} {path}: {error.reason}") from None
-    return to_float(clip)
-
-
-def read_mask(path: Path, like: Tensor, fps: float) -> Tensor:
-    """Where a mask video or picture is white, (f h w), for a video (3 f h w); a shorter one's last
-    frame holds on.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, or it cannot be read.
-    """
-    import torch
-
-    _, frames, height, width = like.shape
-    white = read_video("--mask", path, height, width, fps).mean(dim=0) > 0
-    if len(white) < frames:
-        white = torch.cat([white, white[-1:].expand(frames - len(white), -1, -1)])
-    return white[:frames]

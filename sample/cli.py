@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sample.abilities import FromVideos, Rolling
+from sample.media import read_image, read_keyframes
 from sample.options import (
+    check_not_given,
     check_prompts,
     dtype_of,
     grid_of,
     guidance_of,
     output_paths,
     outside_trained,
-    read_image,
-    read_keyframes,
     write_gif,
 )
 
@@ -60,7 +60,6 @@ def _generate(
     from sample.options import write_png
 
     clips: dict[int, Any] = {}
-    evaluated = skipped = 0
     steps, fps = options["steps"] or pipeline.sampling.steps, pipeline.info.fps
     writes = ranks.rank % ranks.context == 0
     batch = min(batch, -(-len(texts) // ranks.num_data_ranks))
@@ -76,8 +75,6 @@ def _generate(
                 seeds = range(seed + start, seed + start + len(chunk))
                 output = "video" if writes else "latents"
                 videos = pipeline(chunk, seeds=seeds, output=output, **asked)
-            evaluated += pipeline.work.num_evaluations
-            skipped += pipeline.work.num_skipped
             for index, video in enumerate(videos if writes else (), start):
                 clip = to_uint8(video).permute(1, 2, 3, 0).numpy()
                 if paths[index].suffix == ".png":
@@ -88,10 +85,6 @@ def _generate(
                     write_gif(paths[index].with_suffix(".gif"), clip, fps)
                 if keep:
                     clips[index] = clip
-    if options["reuse"] is not None and ranks.is_main:
-        typer.echo(
-            f"reuse: {skipped} of {evaluated} evaluations skipped all blocks but one", err=True
-        )
     every = {index: clip for part in ranks.gather(clips) for index, clip in part.items()}
     return [every[index] for index in sorted(every)]
 
@@ -221,10 +214,19 @@ def sample(
     )
     pictures = [flag for flag, value in (("--image", image), ("--last", last)) if value]
     pictures += ["--keyframe"] if keyframe else []
-    videos.check(pictures, frames, context)
+    videos.check(pictures, frames, batch_size, context)
     rolling = Rolling(minutes, noise_level, given)
-    rolling.check(videos, frames, pictures, sheet, gif, context)
+    others = {
+        "--frames": frames is not None,
+        "--sheet": sheet is not None,
+        "--gif": gif,
+        "--batch-size": batch_size is not None,
+        f"--context {context}": context > 1,  # whose processes share one clip
+    }
+    rolling.check(texts, videos, pictures, others)
     paths = output_paths(output, len(texts), gif, picture=frames == 1 and minutes is None)
+    files = [*videos.paths, mask, image, last, *(reference or ())]
+    check_not_given(paths, [path for path in files if path is not None])
 
     from data.video import parse_size
     from sample import processes
@@ -276,7 +278,9 @@ def sample(
         "reuse": reuse,
     }
     pipeline.latent_shape(frames, height, width)  # refuse what does not fit before making folders
-    if ranks.is_main and (warning := outside_trained(info, frames, height, width)):
+    # An edited video has a length of its own, which is looked at when it is read.
+    warning = outside_trained(info, frames, height, width) if edit is None else ""
+    if warning and ranks.is_main:
         typer.echo(warning, err=True)
     make = videos.maker(pipeline, height, width, options)
     for path in (paths[0], sheet or paths[0]):
@@ -301,6 +305,10 @@ def sample(
     processes.stop()
     if not ranks.is_main:
         return
+    if reuse is not None:
+        work = pipeline.all_work
+        shares = f"{work.num_skipped} of {work.num_evaluations} evaluations"
+        typer.echo(f"reuse: {shares} skipped all blocks but one", err=True)
     if sheet is not None:
         from sample.sheet import contact_sheet
 

@@ -44,7 +44,7 @@ def edit(
 
     Args:
         video: (3 f h w) in [-1, 1].
-        strength: the noise level to start from, in (0, 1]: near 0 changes little, 1 everything.
+        strength: the noise level to start from, 0.001 to 1: little changes, or everything.
         mask: (f h w), True where it may change; elsewhere the result has the video's own pixels.
         options: as `TextToVideo.__call__`.
     Raises:
@@ -68,8 +68,8 @@ def edit_batch(
         prompts: one per video.
         masks: (b f h w), one per video.
     """
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength={strength:g}; use a number above 0, at most 1")
+    if not 0.001 <= strength <= 1:
+        raise ValueError(f"strength={strength:g}; use 0.001 (nothing changes) to 1 (everything)")
     _, _, frames, height, width = videos.shape
     shape = pipeline.latent_shape(frames, height, width)
     kept = None

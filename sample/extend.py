@@ -53,7 +53,7 @@ def window_of(
         )
     if shown < 1 or total - sides * shown < 1:
         raise ValueError(
-            f"context={shown} of a clip of {total} latent frames; use 1 to {(total - 1) // sides}"
+            f"given={shown} of a clip of {total} latent frames; use 1 to {(total - 1) // sides}"
         )
     return Window(shown, total - sides * shown)
 
@@ -88,7 +88,7 @@ def _check_length(video: Tensor, needed: int) -> None:
     if video.shape[1] < needed:
         raise ValueError(
             f"the given video has {video.shape[1]} frames, and {needed} are needed; give a longer one, "
-            "or a smaller context"
+            "or have the model be given less of it (--given)"
         )
 
 
@@ -123,7 +123,7 @@ def extend_backward(
     require_task(pipeline.info, "trailing", "extending a video backwards")
     if window.new < 2:  # the first one is of one frame, and the video's own first frame is another
         raise ValueError(
-            f"context={window.given} of a clip of {window.given + 1} latent frames leaves nothing to "
+            f"given={window.given} of a clip of {window.given + 1} latent frames leaves nothing to "
             "make in front of the video; use a smaller one, or a longer clip"
         )
     known = trailing_frames(pipeline, video, window)

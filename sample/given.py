@@ -23,7 +23,8 @@ from sample.model import ModelInfo
 # The tasks (train/tasks.py) that teach each way to be given something; one of them is enough.
 TAUGHT_BY: dict[str, tuple[str, ...]] = {
     "first": ("first", "ends", "leading", "random", "sides"),
-    "keyframe": ("last", "ends", "keyframe"),
+    "last": ("last", "ends", "keyframe"),
+    "keyframe": ("keyframe",),
     "leading": ("leading", "random", "sides"),
     "trailing": ("trailing", "random", "sides"),
     "sides": ("sides", "random"),
@@ -88,7 +89,8 @@ class Given:
         strength (SDEdit, Meng et al. 2022, algorithm 1)."""
         if self.source is None:
             return noise, stops
-        below = stops[stops < self.strength]
+        # A DDPM's stops are whole training steps, a thousandth apart.
+        below = stops[(stops < self.strength - 1e-3) | (stops == 0)]
         first = torch.full_like(stops[:1], self.strength)
         at = torch.full((len(noise),), self.strength, device=noise.device)
         return objective.add_noise(self.source, noise, at), torch.cat([first, below])

@@ -114,7 +114,7 @@ def as_loras(given: GivenLoRAs) -> list[LoRA]:
     ]
 
 
-def _find(path: Path) -> Path:
+def weights_of(path: Path) -> Path:
     """The file of weights that a file or a folder stands for."""
     if path.is_file():
         return path
@@ -279,7 +279,7 @@ def apply_lora(dit: DiT, path: Path, scale: float = 1.0) -> None:
         FileNotFoundError: there is none.
         ValueError: it is damaged, of another kind or of another model; nothing has changed then.
     """
-    path = _find(path)
+    path = weights_of(path)
     layers, config = _read(path)
     linears = {wan_name(n): m for n, m in dit.named_modules() if isinstance(m, nn.Linear)}
     unknown = [layer for layer in layers if layer not in linears]
@@ -299,7 +299,7 @@ def apply_lora(dit: DiT, path: Path, scale: float = 1.0) -> None:
 
 def _warn_of_expert(path: Path, flag: str, expert: str) -> None:
     """Says so where a LoRA's lora.yaml names the other expert."""
-    weights = _find(path)
+    weights = weights_of(path)
     other = _about(weights.parent).get("expert") if weights.name == WEIGHTS else None
     if other in ("high", "low") and other != expert:
         _log.warning(

@@ -63,6 +63,7 @@ class ModelInfo(BaseModel):
     image_to_video: bool = False  # knows clean first frames, t = 0, from training
     tasks: tuple[str, ...] = ()  # what else was given in training, by name in recipe.tasks
     references: NonNegativeInt = 0  # pictures of subjects, at most
+    given_noise: NonNegativeFloat | None = None  # t of what was given, at most; None: not known
     sizes: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...] = ()  # (frames, height, width)
     # Where the weights came from: git commit, config hash, step, data fingerprint.
     provenance: dict[str, str | int | float | None] = {}

@@ -1,16 +1,13 @@
-"""What `zoetrope sample` is given, read and checked: prompts, files to write, pictures and videos."""
+"""What `zoetrope sample` is asked for, read and checked: prompts, files to write, settings."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from dit.guidance import GuidanceConfig
     from sample.model import ModelInfo
     from sample.pipeline import TextToVideo
@@ -61,6 +58,13 @@ def output_paths(
     if gif:
         check_files("--gif", [path.with_suffix(".gif") for path in paths])
     return paths
+
+
+def check_not_given(paths: Sequence[Path], given: Sequence[Path]) -> None:
+    """Refuses to write what is to be read."""
+    for path in given:
+        if any(each.exists() and path.exists() and each.samefile(path) for each in paths):
+            raise ValueError(f"-o {path}: is one of the files that are given; use another name")
 
 
 def check_files(flag: str, paths: Sequence[Path]) -> None:
@@ -116,80 +120,6 @@ def outside_trained(info: ModelInfo, frames: int, height: int, width: int) -> st
     return (
         f"warning: outside what the model was trained on: {'; '.join(outside)}" if outside else ""
     )
-
-
-def read_image(path: Path, height: int, width: int, flag: str = "--image") -> Tensor:
-    """A picture as a frame (3 h w) in [-1, 1]: scaled to cover the size, cut at the middle, which is
-    said where it loses much.
-
-    Of 8 or 16 bits a value; what is transparent shows white paper behind it.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or not a picture, or one of more bits.
-    """
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps
-
-    from data.images import eight_bits
-    from data.video import to_float
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{flag} {path}: no such file")
-    try:
-        with Image.open(path) as opened:
-            ImageOps.exif_transpose(opened, in_place=True)
-            picture = eight_bits(opened)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{flag} {path}: too large; make it smaller ({error})") from error
-    except (OSError, ValueError, SyntaxError, RuntimeError) as error:  # PIL's, by format
-        raise ValueError(f"{flag} {path}: not a picture that can be read ({error})") from error
-    scale = max(height / picture.height, width / picture.width)
-    lost = 1 - height * width / (scale * scale * picture.height * picture.width)
-    if lost > 0.05:
-        print(
-            f"warning: {flag} {path} is {picture.height}x{picture.width}, of another aspect than "
-            f"{height}x{width}: {lost:.0%} of it is cut off",
-            file=sys.stderr,
-        )
-    picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-    return to_float(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-
-
-def read_keyframes(
-    last: Path | None,
-    keyframes: Sequence[str],
-    frames: int,
-    height: int,
-    width: int,
-    fps: float,
-) -> dict[int, Tensor]:
-    """Pictures by frame: of --last, and of --keyframe SECONDS:PATH.
-
-    Raises:
-        FileNotFoundError, ValueError: a time that is none or not in the clip, two pictures for one
-            frame, or what `read_image` refuses.
-    """
-    found: dict[int, Tensor] = {}
-    for text in keyframes:
-        time, colon, path = text.partition(":")
-        try:
-            frame = round(float(time) * fps)
-        except (ValueError, OverflowError):
-            colon, frame = "", 0
-        if not colon or not path:
-            raise ValueError(f"--keyframe {text}: expected SECONDS:PATH, such as 0.5:middle.png")
-        if not 0 <= frame < frames:
-            end = (frames - 1) / fps
-            raise ValueError(f"--keyframe {text}: the clip's frames are at 0 to {end:g} seconds")
-        if frame in found:
-            raise ValueError(f"--keyframe {text}: there is another picture for that frame")
-        found[frame] = read_image(Path(path), height, width, "--keyframe")
-    if last is not None:
-        if frames - 1 in found:
-            raise ValueError(f"--last {last}: a --keyframe is at the last frame too; leave one out")
-        found[frames - 1] = read_image(last, height, width, "--last")
-    return found
 
 
 def grid_of(kind: str | None) -> Any:

@@ -20,7 +20,7 @@ from dit.transformer import DiTConfig
 from dit.vae import VAE
 from dit.vae_parts import decode_in_parts
 from sample.given import Given, given_pictures, given_references, joined, require_task
-from sample.lora import GivenLoRAs, add_loras, as_loras
+from sample.lora import GivenLoRAs, LoRA, add_loras, as_loras
 from sample.model import Model, load_model
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -95,6 +95,11 @@ class Work:
     num_evaluations: int
     num_skipped: int
 
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.num_evaluations + other.num_evaluations, self.num_skipped + other.num_skipped
+        )
+
 
 class TextToVideo:
     """A text-to-video model ready to sample.
@@ -131,7 +136,8 @@ class TextToVideo:
             for expert in self.experts:
                 for block in expert.blocks:
                     block.compile()
-        self.work = Work(0, 0)  # of the latest call
+        self.work = self.all_work = Work(0, 0)  # of the latest call, and of all of them
+        self.loras: list[LoRA] = []  # that are in its weights
         self._texts: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
     @classmethod
@@ -157,8 +163,11 @@ class TextToVideo:
         """
         place = pick_device(device)
         model = load_model(folder, place, dtype=dtype)
-        add_loras(model, as_loras(lora), as_loras(lora_low))
-        return cls(model, place, dtype=dtype, compile_blocks=compile_blocks)
+        loras, loras_low = as_loras(lora), as_loras(lora_low)
+        add_loras(model, loras, loras_low)
+        pipeline = cls(model, place, dtype=dtype, compile_blocks=compile_blocks)
+        pipeline.loras = [*loras, *loras_low]
+        return pipeline
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Latents (c f h w) of one clip; see the function of this name."""
@@ -239,6 +248,10 @@ class TextToVideo:
         )
         shape = self.latent_shape(*size)
         guidances = self._guidances(guidance, guidance_low)
+        if given is not None and given.source is not None and given.strength < 1:
+            # CFG-Zero* stands still at the first noise levels of all, which an edit does not see.
+            moving = {"zero_steps": 0}
+            guidances = [g.model_copy(update=moving) if g.zero_steps else g for g in guidances]
         prompts = [prompts] if isinstance(prompts, str) else prompts
         texts = self._texts_of(prompts, negative, all(g.scale == 1 for g in guidances))
         count = len(texts[0][0])
@@ -284,6 +297,8 @@ class TextToVideo:
             )
         latents = given.finished(latents)
         self.work = _work(guided)
+        self.all_work += self.work
+        _check_finite(latents)
         return latents.float().cpu() if output == "latents" else self.decode(latents)
 
     @torch.no_grad()
@@ -299,11 +314,7 @@ class TextToVideo:
             ValueError: it has values that are not finite.
         """
         video = self._decoded(latents.to(self.device).float())
-        if not torch.isfinite(video).all():
-            raise ValueError(
-                "the sampled video has values that are not finite; use another guidance or sampler, "
-                "or check the model's weights"
-            )
+        _check_finite(video)
         return video.clamp(-1, 1).cpu()
 
     def _decoded(self, latents: Tensor) -> Tensor:
@@ -391,14 +402,27 @@ class TextToVideo:
         size: tuple[int, int, int],
     ) -> Given:
         """Pictures at some frames, as latents."""
-        pictures = {frame % size[0] if frame < 0 else frame: p for frame, p in keyframes.items()}
-        if image is not None:
-            pictures[0] = image
+        total, pictures = size[0], {} if image is None else {0: image}
+        for frame, picture in keyframes.items():
+            place = total + frame if -total <= frame < 0 else frame
+            if place in pictures:
+                raise ValueError(f"two pictures are given for frame {place}; leave one of them out")
+            pictures[place] = picture
         if 0 in pictures:
             require_task(self.info, "first", "a given first frame")
-        if pictures.keys() - {0}:
-            require_task(self.info, "keyframe", "a given last or other frame")
+        if total - 1 in pictures.keys() - {0}:
+            require_task(self.info, "last", "a given last frame")
+        if pictures.keys() - {0, total - 1}:
+            require_task(self.info, "keyframe", "a given frame in the middle")
         return given_pictures(self.vae, pictures, *size, count)
+
+
+def _check_finite(sampled: Tensor) -> None:
+    if not torch.isfinite(sampled).all():
+        raise ValueError(
+            "the sampled video has values that are not finite; use another guidance or sampler, or "
+            "check the model's weights"
+        )
 
 
 def _work(guided: list[GuidedDenoiser]) -> Work:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,57 +27,12 @@ from data.randomness import stream_seed
 from data.video import to_uint8, write_video
 from data.video_write import write_chunks
 from sample.given import known_frames, require_references, require_task
+from sample.lora import weights_of
 from sample.pipeline import TextToVideo
+from sample.schedule import Schedule
 
 NOISE_LEVEL = 0.0  # of the frames that a window is given
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which prompt holds from which second on; the first from 0."""
-
-    starts: tuple[float, ...]
-    prompts: tuple[str, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> Schedule:
-        """From `0s: a red circle | 20s: a blue square`, or one prompt.
-
-        Raises:
-            ValueError: times do not rise from 0, or a prompt is empty.
-        """
-        parts = [part.strip() for part in text.split("|")]
-        if len(parts) == 1 and not _has_time(parts[0]):
-            return cls((0.0,), (parts[0],))
-        starts, prompts = [], []
-        for part in parts:
-            time, colon, prompt = part.partition("s:")
-            try:
-                starts.append(float(time))
-            except ValueError:
-                colon = ""
-            if not colon or not prompt.strip():
-                raise ValueError(
-                    f"prompt schedule: got {part!r}; expected seconds and a prompt, such as "
-                    "'0s: a red circle moving left | 20s: a blue square moving up'"
-                )
-            prompts.append(prompt.strip())
-        if starts[0] != 0 or any(b <= a for a, b in zip(starts, starts[1:])):
-            times = ", ".join(f"{start:g}s" for start in starts)
-            raise ValueError(f"prompt schedule: got times {times}; they have to rise from 0s")
-        return cls(tuple(starts), tuple(prompts))
-
-    def at(self, seconds: float) -> str:
-        """The prompt that holds then."""
-        return self.prompts[int(np.searchsorted(self.starts, seconds + 1e-9, side="right")) - 1]
-
-
-def _has_time(text: str) -> bool:
-    head, colon, _ = text.partition("s:")
-    try:
-        return bool(colon) and float(head) >= 0
-    except ValueError:
-        return False
+_CLAIM, _PREVIEW = "roll.json", "preview.mp4"
 
 
 @dataclass(frozen=True)
@@ -161,8 +116,7 @@ def roll(
         require_task(pipeline.info, "first", "a given first frame")
     factor, fps = pipeline.vae.temporal_factor, pipeline.info.fps
     size = {"height": height or pipeline.info.height, "width": width or pipeline.info.width}
-    model = hashlib.sha256(pipeline.info.model_dump_json().encode()).hexdigest()[:16]
-    claim = {"model": model, **vars(plan), **vars(schedule), "seed": seed, **size}
+    claim = {**_made_by(pipeline), **vars(plan), **vars(schedule), "seed": seed, **size}
     claim |= {"noise_level": noise_level, "image": _hash(image)}
     claim["references"] = [_hash(picture) for picture in references]
     _claim(folder, {**claim, **{k: str(v) for k, v in options.items()}})
@@ -217,14 +171,18 @@ def write_rolled(
 ) -> None:
     """The video of all windows; its folder is no more needed then, and removed."""
     write_chunks(path, decoded(pipeline, plan, folder, num_frames), pipeline.info.fps)
-    shutil.rmtree(folder)
+    windows = [_window(folder, window) for window in range(plan.num_windows)]
+    for made in (*windows, folder / _CLAIM, folder / _PREVIEW):
+        made.unlink(missing_ok=True)
+    with suppress(OSError):  # somebody put something else there
+        folder.rmdir()
 
 
-def write_preview(path: Path, pipeline: TextToVideo, folder: Path, window: int) -> None:
-    """The new frames of the latest window, decoded by themselves, as a short video."""
+def write_preview(pipeline: TextToVideo, folder: Path, window: int) -> None:
+    """The new frames of the latest window, decoded by themselves, as a short video in the folder."""
     with torch.no_grad():
         video = pipeline.vae.decode(_read(_window(folder, window)).to(pipeline.device))[0]
-    write_video(path, to_uint8(video.clamp(-1, 1).cpu()), pipeline.info.fps)
+    write_video(folder / _PREVIEW, to_uint8(video.clamp(-1, 1).cpu()), pipeline.info.fps)
 
 
 def _window(folder: Path, window: int) -> Path:
@@ -238,10 +196,25 @@ def _read(path: Path) -> Tensor:
         raise ValueError(f"{path}: damaged ({error}); remove it, and it is made anew") from None
 
 
+def _made_by(pipeline: TextToVideo) -> dict[str, Any]:
+    """What tells one model from another: what it says of itself, its LoRAs, and its precision."""
+    loras = []
+    for path, scale in pipeline.loras:
+        with weights_of(path).open("rb") as file:
+            loras.append([hashlib.file_digest(file, "sha256").hexdigest()[:16], scale])
+    model = hashlib.sha256(pipeline.info.model_dump_json().encode()).hexdigest()[:16]
+    return {"model": model, "loras": loras, "dtype": str(pipeline.dtype)}
+
+
 def _hash(tensor: Tensor | None) -> str:
     if tensor is None:
         return ""
     return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _is_partial(path: Path) -> bool:
+    """Whether a killed run left it; see `data.files.replacing`."""
+    return path.name.startswith(".") and path.suffix == ".partial"
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
@@ -250,7 +223,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         ValueError: they are of other settings; the first that differs is named.
     """
-    path, wanted = folder / "roll.json", json.loads(json.dumps(settings))
+    path, wanted = folder / _CLAIM, json.loads(json.dumps(settings))
     if path.exists():
         found = json.loads(path.read_text())
         for key in sorted(wanted.keys() | found.keys()):
@@ -260,6 +233,11 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
                     "give the same, or remove the folder"
                 )
         return
+    if folder.exists() and not (folder.is_dir() and all(map(_is_partial, folder.iterdir()))):
+        raise ValueError(
+            f"{folder} is to hold windows, and is there with something else; rename it, or give the "
+            "video another name"
+        )
     os.makedirs(folder, exist_ok=True)
     with replacing(path) as partial:
         Path(partial).write_text(json.dumps(wanted, indent=2))

@@ -6,12 +6,13 @@ Every step can be interrupted: the same command finds what is done and goes on f
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from train.demo_abilities import pages, sample_examples
@@ -24,7 +25,8 @@ PROMPT_SEED = 2_000  # of the scenes shown on the page; scores use eval's own se
 class Size:
     """How large a demo is; minutes are measured on two CPU cores."""
 
-    out: Path
+    out: Path  # of the world and the trainings
+    shown: Path  # of the model, and of what it makes
     vae: Path
     dit: Path
     tasks: Path
@@ -32,24 +34,38 @@ class Size:
     mixed: dict[str, int]  # by scenario, for all tasks
     held_out: int
     prompts: int
-    minutes: tuple[float, ...]  # per step
+    minutes: tuple[float, ...]  # per step; 0: not in this demo
+    more: Path | None = None  # trains it on for longer
+    more_clips: dict[str, int] = field(default_factory=dict)  # for that, by scenario
+    parts: dict[str, int] = field(default_factory=dict)  # of the world suite, and clips of each
     long_minutes: float = 1.0  # of the longest video
 
 
+WORLD = Size(
+    out=Path("runs/demo"),
+    shown=Path("runs/demo"),
+    vae=Path("configs/world/vae.yaml"),
+    dit=Path("configs/world/dit.yaml"),
+    tasks=Path("configs/world/tasks.yaml"),
+    clips=20_000,
+    mixed={"shapes": 10_000, "bounces": 3_000, **dict.fromkeys(LAWS, 500), "subjects": 1_500},
+    held_out=256,
+    prompts=300,
+    minutes=(1.3, 3, 14, 7, 0, 0.4, 2, 1.5, 0, 0.1),
+)
 SIZES = {
-    "world": Size(
-        out=Path("runs/demo"),
-        vae=Path("configs/world/vae.yaml"),
-        dit=Path("configs/world/dit.yaml"),
-        tasks=Path("configs/world/tasks.yaml"),
-        clips=20_000,
-        mixed={"shapes": 10_000, "bounces": 3_000, **dict.fromkeys(LAWS, 500), "subjects": 1_500},
-        held_out=256,
-        prompts=300,
-        minutes=(1.3, 3, 14, 7, 0.4, 2, 1.5, 0.1),
+    "world": WORLD,
+    "long": replace(
+        WORLD,
+        shown=Path("runs/demo-long"),
+        more=Path("configs/world/more.yaml"),
+        more_clips={"subjects": 12_000, "bounces": 5_000, **dict.fromkeys(LAWS, 2_000)},
+        parts={"identity": 100, "extension": 24, "physics": 48, "edit": 48, "minute": 4},
+        minutes=(2.3, 3, 14, 7, 50, 0.4, 2, 1.5, 15, 0.1),
     ),
     "tiny": Size(
         out=Path("runs/demo-tiny"),
+        shown=Path("runs/demo-tiny"),
         vae=Path("configs/world/tiny-vae.yaml"),
         dit=Path("configs/world/tiny-dit.yaml"),
         tasks=Path("configs/world/tiny-tasks.yaml"),
@@ -57,7 +73,10 @@ SIZES = {
         mixed={"shapes": 32, **dict.fromkeys(LAWS, 16), "subjects": 32},
         held_out=16,
         prompts=8,
-        minutes=(0.1, 0.3, 0.4, 0.3, 0.2, 0.3, 0.2, 0.1),
+        minutes=(0.1, 0.3, 0.4, 0.3, 0.3, 0.2, 0.3, 0.2, 0.2, 0.1),
+        more=Path("configs/world/tiny-more.yaml"),
+        more_clips={"subjects": 32},
+        parts={"identity": 4},
         long_minutes=0.05,
     ),
 }
@@ -109,9 +128,16 @@ def render(size: Size) -> None:
         _render(size, "held-out", "shapes", size.held_out, "held-out", 2),
         _render(size, "held-out-subjects", "subjects", size.held_out // 2, "held-out", 2),
     ]
-    for name, manifests in (("mixed", mixed), ("held-out-mixed", held_out)):
-        joined = str(size.out / "world" / f"{name}.jsonl")
-        run_here("zoetrope", "data", "join", joined, *map(str, manifests), "--overwrite")
+    more = [
+        _render(size, f"more/{scenario}", scenario, clips, "train", 4)
+        for scenario, clips in size.more_clips.items()
+    ]
+    joined = {"mixed": mixed, "held-out-mixed": held_out}
+    if more:
+        joined["more"] = [*more, size.out / "world" / "mixed" / "shapes" / "manifest.jsonl"]
+    for name, manifests in joined.items():
+        path = str(size.out / "world" / f"{name}.jsonl")
+        run_here("zoetrope", "data", "join", path, *map(str, manifests), "--overwrite")
 
 
 def _render(size: Size, folder: str, scenario: str, clips: int, split: str, seed: int) -> Path:
@@ -138,40 +164,51 @@ def write_prompts(size: Size) -> Path:
         settings = WorldSettings(num=num, seed=PROMPT_SEED, split=split)
         _, found = eval_scenes(settings, avoid=trained, height=32, width=32, num_frames=9, fps=8.0)
         prompts += found
-    path = size.out / "prompts.txt"
+    path = size.shown / "prompts.txt"
     path.write_text("\n".join(prompts) + "\n", encoding="utf-8")
     return path
 
 
 def sample(size: Size) -> None:
     """Videos from the prompts, as files and as one picture."""
-    (size.out / "samples").mkdir(parents=True, exist_ok=True)
+    (size.shown / "samples").mkdir(parents=True, exist_ok=True)
     prompts = write_prompts(size)
     files = {
         "--prompts": prompts,
-        "-o": size.out / "samples" / "sample.mp4",
-        "--sheet": size.out / "contact-sheet.png",
+        "-o": size.shown / "samples" / "sample.mp4",
+        "--sheet": size.shown / "contact-sheet.png",
     }
     flat = [str(x) for pair in files.items() for x in pair]
-    run("zoetrope", "sample", str(size.out / "model"), *flat)
+    run("zoetrope", "sample", str(size.shown / "model"), *flat)
 
 
 def score(size: Size) -> None:
-    """The table: held-out prompts and pairs never seen, unless this model has been scored."""
-    model, train = size.out / "model", size.out / "world" / "train" / "manifest.jsonl"
+    """The table: held-out prompts and pairs never seen."""
+    train = size.out / "world" / "train" / "manifest.jsonl"
     for split in ("held-out", "combinations"):
-        scores = size.out / f"scores-{split}.json"
-        if scores.is_file() and scores.stat().st_mtime > (model / "model.yaml").stat().st_mtime:
-            print(f"{scores}: this model is scored already")
-            continue
-        options = {"--suite": "world", "--split": split, "--num": size.prompts, "--avoid": train}
-        flat = [str(x) for pair in options.items() for x in pair]
-        run("zoetrope", "eval", str(model), *flat, "-o", str(scores))
+        _score(size, split, {"--split": split, "--num": size.prompts, "--avoid": train})
+
+
+def score_parts(size: Size) -> None:
+    """More tables: what the model makes of what it is given."""
+    for part, num in size.parts.items():
+        _score(size, part, {"--part": part, "--num": num})
+
+
+def _score(size: Size, name: str, options: dict[str, object]) -> None:
+    """scores-NAME.json, unless this model has been scored."""
+    model, scores = size.shown / "model", size.shown / f"scores-{name}.json"
+    if scores.is_file() and scores.stat().st_mtime > (model / "model.yaml").stat().st_mtime:
+        print(f"{scores}: this model is scored already")
+        return
+    flat = [str(x) for pair in options.items() for x in pair]
+    run("zoetrope", "eval", str(model), "--suite", "world", *flat, "-o", str(scores))
 
 
 def abilities(size: Size) -> None:
     """One example of each thing that can be given beside a text."""
-    sample_examples(size.out / "model", size.out / "abilities", run_here, size.long_minutes)
+    model, folder = size.shown / "model", size.shown / "abilities"
+    sample_examples(model, folder, run_here, size.long_minutes)
 
 
 def report(size: Size) -> None:
@@ -179,14 +216,17 @@ def report(size: Size) -> None:
     from eval.report import ReportVideo, write_report
     from eval.tables import score_table
 
-    out = size.out
+    out = size.shown
     prompts = (out / "prompts.txt").read_text(encoding="utf-8").splitlines()
     videos = [
         ReportVideo(out / "samples" / f"sample-{i:03d}.mp4", prompt)
         for i, prompt in enumerate(prompts)
     ]
-    splits = ("held-out", "combinations")
-    results = [json.loads((out / f"scores-{split}.json").read_text()) for split in splits]
+    scored = ("held-out", "combinations", *size.parts)
+    results = [json.loads((out / f"scores-{name}.json").read_text()) for name in scored]
+    logs = {"VAE": "vae", "DiT, text to video": "dit", "DiT, all tasks": "tasks"}
+    if size.more is not None:
+        logs["DiT, all tasks, for longer"] = "more"
     write_report(
         out / "report.html",
         title="Zoetrope: videos that this machine learned to make from text",
@@ -201,18 +241,16 @@ def report(size: Size) -> None:
             ],
         },
         tables=[score_table(result) for result in results],
-        logs={
-            "VAE": out / "vae" / "log.jsonl",
-            "DiT, text to video": out / "dit" / "log.jsonl",
-            "DiT, all tasks": out / "tasks" / "log.jsonl",
-        },
+        logs={title: size.out / run / "log.jsonl" for title, run in logs.items()},
         picture=out / "contact-sheet.png",
     )
 
 
-def link_model(size: Size) -> None:
+def link_model(size: Size, run: str) -> None:
     """runs/demo/model is the last run's export, under the name that the README uses."""
-    link, target = size.out / "model", Path("tasks") / "model"
+    size.shown.mkdir(parents=True, exist_ok=True)
+    link, target = size.shown / "model", size.out / run / "model"
+    target = Path(os.path.relpath(target, size.shown))
     if link.is_symlink() or not link.exists():
         link.unlink(missing_ok=True)
         link.symlink_to(target)
@@ -220,7 +258,14 @@ def link_model(size: Size) -> None:
 
 def train_tasks(size: Size) -> None:
     torchrun(size.tasks)
-    link_model(size)
+    if size.more is None:
+        link_model(size, "tasks")
+
+
+def train_more(size: Size) -> None:
+    assert size.more is not None
+    torchrun(size.more)
+    link_model(size, "more")
 
 
 STEPS: tuple[tuple[str, Callable[[Size], None]], ...] = (
@@ -228,9 +273,11 @@ STEPS: tuple[tuple[str, Callable[[Size], None]], ...] = (
     ("train the video VAE", lambda size: torchrun(size.vae)),
     ("train the diffusion transformer: text to video", lambda size: torchrun(size.dit)),
     ("train it on, to be given pictures and videos too", train_tasks),
+    ("train it on for longer, above all on subjects and seams", train_more),
     ("sample prompts never used in training", sample),
     ("animate, extend, connect, loop, edit, go on for a minute", abilities),
     ("score the texts", score),
+    ("score what it makes of pictures and videos", score_parts),
     ("write the report", report),
 )
 
@@ -247,13 +294,14 @@ def main(name: str = "world") -> None:
         SystemExit: no such size, or a step failed.
     """
     if name not in SIZES:
-        raise SystemExit(f"demo: DEMO={name} is unknown; use {' or '.join(SIZES)}")
+        raise SystemExit(f"demo: DEMO={name} is unknown; use {', '.join(SIZES)}")
     size = SIZES[name]
     begun = time.monotonic()
-    for i, (title, step) in enumerate(STEPS):
-        left = sum(size.minutes[i:])
+    steps = [(*each, minutes) for each, minutes in zip(STEPS, size.minutes, strict=True) if minutes]
+    for i, (title, step, _) in enumerate(steps):
+        left = sum(minutes for *_, minutes in steps[i:])
         to_go = f"about {left:.0f} min to go" if left >= 1 else "less than a minute to go"
-        print(f"\n[{i + 1}/{len(STEPS)}] {title} ({to_go})", flush=True)
+        print(f"\n[{i + 1}/{len(steps)}] {title} ({to_go})", flush=True)
         try:
             step(size)
         except SystemExit as end:
@@ -265,13 +313,13 @@ def main(name: str = "world") -> None:
 
 
 def _say_what_is_there(name: str, size: Size) -> None:
-    out = size.out.resolve()
+    out = size.shown.resolve()
     print(f"  videos, curves, scores: {out / 'report.html'}")
     print(f"  one picture:            {out / 'contact-sheet.png'}")
     prompt = '"a red circle moving left on a blue background"'
-    model, video = size.out / "model", size.out / "mine.mp4"
+    model, video = size.shown / "model", size.shown / "mine.mp4"
     print(f"  your own prompt:        .venv/bin/zoetrope sample {model} {prompt} -o {video}")
-    if name != "world":
+    if name == "tiny":
         print(
             "So short a training gives noise and scores near zero; plain make demo trains in earnest."
         )

@@ -79,13 +79,13 @@ def main(name: str = "world", page: str = "docs/gallery.md") -> None:
         SystemExit: that demo has not been made.
     """
     size, target = SIZES[name], Path(page)
-    model, folder = size.out / "model", size.out / "abilities"
+    model, folder = size.shown / "model", size.shown / "abilities"
     if not (model / "model.yaml").is_file():
         raise SystemExit(f"gallery: {model} is not there; run {command(name)} first")
     abilities(size)
     target.with_suffix("").mkdir(parents=True, exist_ok=True)
     rows = [line(example, folder, target) for example in examples(model)]
-    text = _HEAD.format(out=size.out) + "\n".join(rows) + "\n"
+    text = _HEAD.format(out=size.shown) + "\n".join(rows) + "\n"
     with replacing(target) as partial:
         partial.write_text(text, encoding="utf-8")
     print(f"{target}: {len(rows)} examples")

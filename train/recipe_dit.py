@@ -176,17 +176,30 @@ class DiTRecipe(Recipe):
         return model
 
     def model_info(self, provenance: dict[str, Any]) -> ModelInfo:
-        tasks = () if self.options.tasks.only_text else tuple(self.options.tasks.weights)
-        trained = {"tasks": tasks, "sizes": tuple(self.config.data.sizes)}
+        given = self.options.tasks
+        trained: dict[str, Any] = {
+            "tasks": () if given.only_text else tuple(given.weights),
+            "sizes": tuple(self.config.data.sizes),
+            "given_noise": None if given.only_text else given.noise,
+        }
         if self.config.gives_references:
             seen = np.concatenate([np.asarray(rows, int) for rows in self.order.rows.values()])
             trained["references"] = int(self.data.train.num_references[seen].max(initial=0))
         info = super().model_info(provenance).model_copy(update=trained)
         if self.options.init is None:
             return info
-        origin = {**self._start.info.provenance, **provenance, "init": str(self.options.init)}
-        knows_images = self._start.info.image_to_video
-        return info.model_copy(update={"provenance": origin, "image_to_video": knows_images})
+        # What it goes on from knew more, perhaps; an imported model does not say which sizes.
+        before = self._start.info
+        noises = [n for n in (before.given_noise, info.given_noise) if n is not None]
+        known = {
+            "tasks": tuple(dict.fromkeys((*before.tasks, *info.tasks))),
+            "sizes": tuple(dict.fromkeys((*before.sizes, *info.sizes))) if before.sizes else (),
+            "references": max(before.references, info.references),
+            "given_noise": max(noises, default=None),
+            "image_to_video": before.image_to_video,
+            "provenance": {**before.provenance, **provenance, "init": str(self.options.init)},
+        }
+        return info.model_copy(update=known)
 
     @property
     def shapes_per_size(self) -> int:

@@ -1,18 +1,16 @@
-"""Animating, extending, connecting, looping, editing and rolling on, through the real commands."""
+"""Animating, extending, connecting, looping and editing, through the real commands."""
 
-import os
-import signal
 from itertools import pairwise
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data.video import to_float, to_uint8, write_video
-from sample.abilities import read_video
+from data.video import to_float, to_uint8
+from dit.grids import UniformGrid
+from dit.guidance import GuidanceConfig
 from sample.edit import edit, kept_latents
 from sample.extend import (
     Window,
@@ -23,47 +21,13 @@ from sample.extend import (
     loop,
     window_of,
 )
+from sample.media import read_video
 from sample.pipeline import TextToVideo
-from sample.roll import Plan, Schedule, decoded, plan_windows, roll
-from train.cli import main
 
 
 @pytest.fixture
-def zoetrope(tmp_path, monkeypatch, capsys):
-    """`zoetrope sample MODEL ... --steps 2` in a folder with media; status, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    for name, frames in (("long", 14), ("other", 9), ("short", 2)):
-        colour = rng.integers(40, 200, 3)
-        clip = np.broadcast_to(colour, (frames, 16, 16, 3)).astype(np.uint8).copy()
-        for k in range(frames):
-            clip[k, 4:8, k % 12 : k % 12 + 4] = 255 - colour
-        write_video(tmp_path / f"{name}.mp4", clip, fps=8)
-    for name, size in (("a", (16, 16)), ("b", (16, 16)), ("wide", (48, 16))):
-        Image.new("RGB", size, tuple(map(int, rng.integers(0, 255, 3)))).save(f"{name}.png")
-    (tmp_path / "text.mp4").write_text("no video")
-    mask = np.zeros((14, 16, 16, 3), np.uint8)
-    mask[:, :, 8:] = 255
-    write_video(tmp_path / "mask.mp4", mask, fps=8)
-    Image.fromarray(mask[0]).save("mask.png")
-    Image.fromarray(0 * mask[0]).save("black.png")
-
-    def run(model, *arguments):
-        with pytest.raises(SystemExit) as stopped:
-            main(["sample", str(model), "a circle", "--steps", "2", *map(str, arguments)])
-        return stopped.value.code, *capsys.readouterr()
-
-    return run
-
-
-def frames_of(path):
-    with av.open(str(path)) as container:
-        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
-
-
-@pytest.fixture(scope="module")
-def pipeline(tasks_folder):
-    return TextToVideo.from_folder(tasks_folder, "cpu", dtype=torch.float32)
+def pipeline(pipeline_of_tasks):
+    return pipeline_of_tasks
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +63,7 @@ QUICK = {"steps": 2, "seeds": [5]}
         ("--minutes 0.04 --image a.png --reference b.png --given 1 --noise-level 0.1", 19),
     ],
 )
-def test_each_ability(zoetrope, tasks_folder, flags, length):
+def test_each_ability(zoetrope, tasks_folder, flags, length, frames_of):
     """Its length; the same again by the same seed, and another by another one."""
     made = []
     for seed in (1, 1, 2):
@@ -112,7 +76,7 @@ def test_each_ability(zoetrope, tasks_folder, flags, length):
     assert not np.array_equal(made[0], made[2])
 
 
-def test_what_is_given_is_in_the_file(zoetrope, tasks_folder):
+def test_what_is_given_is_in_the_file(zoetrope, tasks_folder, frames_of):
     """Its own frames, but for what H.264 does to them."""
     long, other = frames_of("long.mp4").astype(int), frames_of("other.mp4").astype(int)
 
@@ -147,6 +111,10 @@ def test_one_frame_is_a_picture(zoetrope, tasks_folder):
         ("--size 16x24", "width / height = 1.50 (trained on 1.00 to 1.00)"),
         ("--image wide.png", "--image wide.png is 16x48, of another aspect than 16x16: 67%"),
         ("--edit long.mp4", "the VAE takes 4*k+1 frames, so the last 1 of 14 are left out"),
+        ("--edit long.mp4 --size 24", "24x24 = 576 pixels (trained on 256 to 256)"),
+        ("--extend wide.mp4", "--extend wide.mp4 is 16x48, of another aspect than 16x16: 67%"),
+        ("--extend wide.mp4", "wide.mp4 has 16 frames a second, and the model's clips have 8"),
+        ("--minutes 0.02 --noise-level 0.3", "given frames carried 0.1 at most"),
     ],
 )
 def test_what_is_done_all_the_same_is_said(zoetrope, tasks_folder, flags, said):
@@ -163,12 +131,12 @@ def test_what_is_done_all_the_same_is_said(zoetrope, tasks_folder, flags, said):
         ("--extend none.mp4", "--extend none.mp4: no such file"),
         ("--extend text.mp4", "--extend text.mp4: "),
         ("--connect long.mp4 short.mp4", "the given video has 2 frames"),
-        ("--extend long.mp4 --given 3", "context=3 of a clip of 3 latent frames; use 1 to 2"),
+        ("--extend long.mp4 --given 3", "given=3 of a clip of 3 latent frames; use 1 to 2"),
         ("--connect long.mp4 other.mp4 --frames 5", "too short"),
         ("--extend long.mp4 --given 2 --backward", "leaves nothing to make in front"),
-        ("--edit long.mp4 --strength 0", "--strength 0: use a number above 0"),
-        ("--edit long.mp4 --strength 1.5", "--strength 1.5: use a number above 0"),
-        ("--edit long.mp4 --strength nan", "--strength nan: use a number above 0"),
+        ("--edit long.mp4 --strength 0", "--strength 0: use 0.001 (nothing changes) to 1"),
+        ("--edit long.mp4 --strength 1.5", "--strength 1.5: use 0.001"),
+        ("--edit long.mp4 --strength nan", "--strength nan: use 0.001"),
         ("--edit long.mp4 --mask black.png", "the mask is black everywhere"),
         ("--edit long.mp4 --frames 9", "--frames: an edited video has its own length"),
         ("--edit long.mp4 --extend long.mp4", "--extend and --edit: use one at a time"),
@@ -183,6 +151,13 @@ def test_what_is_done_all_the_same_is_said(zoetrope, tasks_folder, flags, said):
         ("--minutes 0", "--minutes 0: use a number above 0, at most 60"),
         ("--minutes 1 --loop", "a given video or --loop does not go with --minutes"),
         ("--minutes 1 --context 2", "--context 2 does not go with --minutes"),
+        ("--minutes 1 --batch-size 2", "--batch-size does not go with --minutes"),
+        ("--loop --batch-size 2", "--batch-size: such videos are made one at a time"),
+        ("--image a.png --keyframe 0:b.png", "two pictures are given for frame 0"),
+        ("--image a.png --last b.png --frames 1", "two pictures are given for frame 0"),
+        ("--edit long.mp4 --mask wide.png", "--mask wide.png is 16x48, and long.mp4 is 16x16"),
+        ("--edit long.mp4 -o long.mp4", "-o long.mp4: is one of the files that are given"),
+        ("--image a.png --frames 1 -o a.png", "-o a.png: is one of the files that are given"),
         ("--minutes 1 --last b.png", "--last does not go with --minutes"),
         ("--minutes 1 --given 2", "given=2 of windows of 2 latent frames; use 1 to 1"),
         ("--minutes 1 --noise-level 1", "noise level 1 of given frames"),
@@ -214,7 +189,8 @@ def test_mistakes_are_one_line(zoetrope, tasks_folder, tmp_path, flags, message)
     ("flags", "what"),
     [
         ("--image a.png", "a given first frame"),
-        ("--last a.png", "a given last or other frame"),
+        ("--last a.png", "a given last frame"),
+        ("--keyframe 0.25:a.png", "a given frame in the middle"),
         ("--extend long.mp4", "extending a video"),
         ("--extend long.mp4 --backward", "extending a video backwards"),
         ("--connect long.mp4 other.mp4 --frames 13", "connecting videos"),
@@ -355,6 +331,23 @@ def test_little_strength_changes_little(pipeline, videos):
     torch.testing.assert_close(full, sample, atol=2e-2, rtol=0)
 
 
+def test_edits_with_guidance_that_begins_with_zeros(pipeline, videos):
+    """CFG-Zero* does not move at the first noise levels of a sample; an edit begins below them."""
+    source, options = videos[0][:, :9], {"steps": 10, "seeds": [5], "grid": UniformGrid()}
+    usual, zero = (
+        edit(pipeline, "x", source, 0.05, guidance=GuidanceConfig(scale=2, kind=kind), **options)
+        for kind in ("cfg", "cfg_zero")
+    )
+    assert (usual - zero).abs().mean() < 0.02
+
+
+def test_any_strength_goes_with_whole_training_steps(ddpm_folder, videos):
+    """A DDPM stops at thousandths, and a strength may be next to one."""
+    pipeline = TextToVideo.from_folder(ddpm_folder, "cpu", dtype=torch.float32)
+    for strength in (0.001, 0.4996, 0.5004, 0.501, 1):
+        assert edit(pipeline, "x", videos[0][:, :5], strength, steps=20, seeds=[5]).isfinite().all()
+
+
 def test_an_edit_leaves_the_rest_alone(pipeline, videos):
     source = videos[0][:, :9]
     mask = torch.zeros(9, 16, 16, dtype=torch.bool)
@@ -372,102 +365,7 @@ def test_an_edit_leaves_the_rest_alone(pipeline, videos):
     assert not kept_latents(mask, (4, 3, 4, 4))[0, 0, 1, 0, 0]
 
 
-def test_videos_are_read_whole(zoetrope):
+def test_videos_are_read_whole(zoetrope, frames_of):
     video = read_video("--extend", Path("long.mp4"), 16, 16, 8.0)
     assert torch.equal(to_uint8(video).permute(1, 2, 3, 0), torch.from_numpy(frames_of("long.mp4")))
     assert torch.equal(to_uint8(to_float(to_uint8(video))), to_uint8(video))
-
-
-def test_schedules():
-    schedule = Schedule.parse("0s: a red circle | 2.5s: a blue square |10s: x")
-    at = [schedule.at(time) for time in (0, 2.4, 2.5, 9, 100)]
-    assert at == ["a red circle"] * 2 + ["a blue square"] * 2 + ["x"]
-    assert Schedule.parse("just one: a prompt").prompts == ("just one: a prompt",)
-    for text in ("1s: a", "0s: a | 0s: b", "0s: a | b", "0s: a | 2s:", "0s: a | xs: b"):
-        with pytest.raises(ValueError, match="prompt schedule: got"):
-            Schedule.parse(text)
-
-
-def test_windows_are_decoded_as_one_clip(pipeline, tmp_path):
-    """Latents of all windows in one piece give the same frames."""
-    plan = plan_windows(pipeline, 22)
-    assert plan == Plan(first=3, length=2, given=1, num_windows=5)
-    schedule = Schedule.parse("0s: a circle | 1.5s: a square")
-    assert list(roll(pipeline, schedule, plan, tmp_path, steps=2)) == [1, 2, 3, 4, 5]
-    from safetensors.torch import load_file
-
-    files = sorted(tmp_path.glob("*.safetensors"))
-    latents = torch.cat([load_file(file)["latents"] for file in files], dim=2)
-    assert latents.shape[2] == 3 + 4
-    frames = np.concatenate(list(decoded(pipeline, plan, tmp_path, 22)))
-    with torch.no_grad():
-        whole = to_uint8(pipeline.vae.decode(latents)[0].clamp(-1, 1)).permute(1, 2, 3, 0).numpy()
-    assert frames.shape == (22, 16, 16, 3)
-    assert np.abs(frames.astype(int) - whole[:22]).max() <= 1
-
-
-def test_each_window_begins_with_the_end_of_the_one_before(pipeline, tmp_path):
-    seen = []
-    whole = pipeline.dit.forward
-    pipeline.dit.forward = lambda x, t, *a, **k: seen.append((x.clone(), t)) or whole(x, t, *a, **k)
-    try:
-        plan = plan_windows(pipeline, 17)
-        list(roll(pipeline, Schedule.parse("x"), plan, tmp_path, steps=1, noise_level=0.25))
-    finally:
-        pipeline.dit.forward = whole
-    from safetensors.torch import load_file
-
-    first = load_file(tmp_path / "window-00000.safetensors")["latents"]
-    x, t = seen[1]
-    assert x.shape[2] == 2
-    assert t[0].tolist() == [0.25, 1.0]
-    # The known frame is there with a quarter of noise.
-    share = (x[0, :, 0] * first[0, :, 2]).sum() / first[0, :, 2].square().sum()
-    assert 0.5 < share < 1.0
-
-
-def test_what_a_model_cannot_leaves_no_windows(zoetrope, tasks_folder, tmp_path):
-    three = [
-        "--reference",
-        "a.png",
-        "--reference",
-        "b.png",
-        "--reference",
-        "a.png",
-        "--minutes",
-        "0.05",
-    ]
-    code, _, errors = zoetrope(tasks_folder, *three)
-    assert code != 0
-    assert "3 reference picture(s)" in errors
-    assert not os.path.exists("out.windows")
-    assert zoetrope(tasks_folder, *three[2:])[0] == 0
-
-
-def test_killed_in_the_middle_it_goes_on(zoetrope, tasks_folder, monkeypatch):
-    """With the same command, to the same video; with another one it says what differs."""
-    flags = ("--minutes", "0.05", "--seed", "7")
-    assert zoetrope(tasks_folder, *flags, "-o", "whole.mp4")[0] == 0
-    child = os.fork()
-    if child == 0:
-        from sample import roll as module
-
-        preview = module.write_preview
-        module.write_preview = lambda path, pipeline, folder, window: (
-            preview(path, pipeline, folder, window)
-            if window < 2
-            else os.kill(os.getpid(), signal.SIGKILL)
-        )
-        main(["sample", str(tasks_folder), "a circle", "--steps", "2", *flags])
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert len(list(os.scandir("out.windows"))) == 1 + 3
-    assert os.path.exists("out.preview.mp4")
-    assert not os.path.exists("out.mp4")
-    code, _, errors = zoetrope(tasks_folder, "--minutes", "0.05", "--seed", "8")
-    assert code != 0
-    assert "out.windows holds windows made with seed=7, not 8; give the same, or remove" in errors
-    assert zoetrope(tasks_folder, *flags)[0] == 0
-    assert np.array_equal(frames_of("out.mp4"), frames_of("whole.mp4"))
-    assert not os.path.exists("out.windows")
-    assert not os.path.exists("out.preview.mp4")

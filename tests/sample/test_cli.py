@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sample.options import read_image
+from sample.media import read_image
 from train.cli import main
 
 

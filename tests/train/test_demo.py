@@ -27,7 +27,7 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
     done = demo(tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     out = tmp_path / "runs" / "demo-tiny"
-    assert "[8/8]" in done.stdout
+    assert "[10/10]" in done.stdout
     assert str(out / "report.html") in done.stdout
     every = examples(out / "model")
     assert any("--reference" in example.flags for example in every)
@@ -44,7 +44,13 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
         scores = json.loads((out / f"scores-{split}.json").read_text())["scores"]
         assert scores["generated"]["joint"]["num"] == 8
         assert scores["real"]["joint"]["value"] == 1
-    manifests = (out / "world" / "train" / "manifest.jsonl", out / "world" / "mixed.jsonl")
+    scores = json.loads((out / "scores-identity.json").read_text())["scores"]
+    assert scores["real"]["one subject: identity"]["value"] == 1
+    assert "the right one of 100" in page
+    assert (out / "model").resolve() == out / "more" / "model"
+    manifests = [
+        out / "world" / name for name in ("train/manifest.jsonl", "mixed.jsonl", "more.jsonl")
+    ]
     trained = "".join(path.read_text() for path in manifests)
     for prompt in (out / "prompts.txt").read_text().splitlines():
         assert f'"{prompt}"' not in trained
@@ -64,9 +70,9 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_module, "run", run)
     demo_module.main("tiny")
     again = capsys.readouterr().out
-    assert again.count("steps are done already") == 3
+    assert again.count("steps are done already") == 4
     assert again.count("there already") == len(made)
-    assert again.count("this model is scored already") == 2
+    assert again.count("this model is scored already") == 3
     assert (out / "model" / "dit.safetensors").read_bytes() == weights
 
     gallery.main("tiny", str(tmp_path / "page" / "gallery.md"))
@@ -83,7 +89,7 @@ def test_an_unknown_demo_is_refused(tmp_path):
         [sys.executable, "-m", "train.demo", "huge"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode != 0
-    assert "DEMO=huge is unknown; use world or tiny" in done.stderr
+    assert "DEMO=huge is unknown; use world, long, tiny" in done.stderr
 
 
 def test_the_gallery_comes_after_the_demo(tmp_path, monkeypatch):

@@ -180,6 +180,12 @@ def test_a_run_with_references(room, subjects, tmp_path):
     assert load_model(whole / "model").info.references == 2
     plain = room.train(tmp_path / "plain", "dit", data=subjects)
     assert load_model(plain / "model").info.references == 0
+    # What goes on from it with less keeps what it knew.
+    init = {"vae": None, "dit": None, "text": None, "objective": None, "init": str(whole / "model")}
+    more = room.train(tmp_path / "more", "dit", data=subjects, recipe=init, train={"steps": 1})
+    info, before = load_model(more / "model").info, load_model(whole / "model").info
+    assert (info.tasks, info.references, info.sizes) == (before.tasks, 2, before.sizes)
+    assert (before.given_noise, info.given_noise) == (0, 0)
 
 
 def test_the_command_makes_the_cache_that_a_run_takes(room, subjects, tmp_path):

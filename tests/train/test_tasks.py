@@ -226,6 +226,7 @@ def test_a_run_with_every_task(room, long, tmp_path):
     info = load_model(whole / "model").info
     assert set(info.tasks) == set(EVERY)
     assert info.sizes == ((9, 16, 16),)
+    assert info.given_noise == 0.1
     assert any((whole / "checkpoints").iterdir())
 
 

@@ -1,0 +1,146 @@
+"""One call for all that can be asked of a model: from text, pictures and videos to a video."""
+
+from __future__ import annotations
+
+import tempfile
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.randomness import stream_seed
+from data.video import to_float
+from sample import extend as extending
+from sample.edit import edit as edited
+from sample.pipeline import TextToVideo
+from sample.roll import NOISE_LEVEL, decoded, plan_windows, roll
+from sample.schedule import Schedule
+
+
+def generate(
+    pipeline: TextToVideo,
+    prompt: str,
+    *,
+    extend: Tensor | None = None,
+    seconds: float = 1.0,
+    backward: bool = False,
+    both: bool = False,
+    connect: tuple[Tensor, Tensor] | None = None,
+    loop: bool = False,
+    edit: Tensor | None = None,
+    strength: float = 0.6,
+    mask: Tensor | None = None,
+    minutes: float | None = None,
+    noise_level: float = NOISE_LEVEL,
+    given_latents: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Tensor:
+    """A video (3 f h w) in [-1, 1], as `zoetrope sample` makes it.
+
+    Videos that are given are (3 f h w) in [-1, 1], at the model's rate and of the size to make; one
+    thing at a time is asked of them. Without any it is what `TextToVideo.__call__` makes.
+
+    Args:
+        extend: a video that goes on for `seconds` more; backward: in front of it; both: so long on
+            either side. Its own frames are in the result.
+        connect: two videos, from one of which to lead into the other.
+        loop: what is made leads back to its own beginning.
+        edit: a video to change by the prompt, from the noise level `strength` on; mask: (f h w), True
+            where it may change.
+        minutes: so long, in windows; the prompt may be a schedule (`sample.schedule`), and an image
+            and references can be given. All of it is in memory at the end; `sample.roll` writes what
+            is longer to a file.
+        noise_level: of what each of these windows is given.
+        given_latents: latent frames that a window is given of a video; None for half a clip.
+        seed: the sample depends on it alone.
+        options: as `TextToVideo.__call__`: image, keyframes, references, frames, height, width,
+            guidance, steps and others.
+    Raises:
+        ValueError: several of these at once, or what `sample.extend`, `sample.edit`, `sample.roll` and
+            the pipeline refuse.
+    """
+    asked = {"extend": extend, "connect": connect, "loop": loop or None, "edit": edit}
+    names = [name for name, value in (*asked.items(), ("minutes", minutes)) if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"{names[0]} and {names[1]}: use one at a time")
+    pictures = ["image"] if options.get("image") is not None else []
+    pictures += ["keyframes"] if options.get("keyframes") else []
+    free = {"loop": ("image", "keyframes"), "minutes": ("image",)}
+    for name in names:
+        for picture in pictures:
+            if picture not in free.get(name, ()):
+                raise ValueError(f"{picture} and {name}: leave one of them out")
+    if edit is not None:
+        return edited(pipeline, prompt, edit, strength, mask, seeds=[seed], **options)
+    if extend is not None:
+        sides = (True, False) if both else (backward,)
+        return _extended(pipeline, prompt, extend, seconds, sides, given_latents, seed, options)
+    if minutes is not None:
+        return _minutes(pipeline, prompt, minutes, noise_level, given_latents, seed, options)
+    if connect is None and not loop:
+        return pipeline([prompt], seeds=[seed], **options)[0]
+    frames = options.get("frames") or pipeline.info.num_frames
+    window = extending.window_of(pipeline, frames, given_latents, sides=2)
+    if connect is not None:
+        first, second = connect
+        new = extending.connect(pipeline, prompt, first, second, window, seeds=[seed], **options)
+        return torch.cat([first, new, second], dim=1)
+    video = pipeline([prompt], seeds=[seed], **options)[0]
+    back = {**options, "image": None, "keyframes": None, "seeds": [stream_seed(seed, "loop", 0)]}
+    return torch.cat([video, extending.loop(pipeline, prompt, video, window, **back)], dim=1)
+
+
+def _extended(
+    pipeline: TextToVideo,
+    prompt: str,
+    video: Tensor,
+    seconds: float,
+    sides: tuple[bool, ...],
+    given_latents: int | None,
+    seed: int,
+    options: dict[str, Any],
+) -> Tensor:
+    """The video with so many seconds more; in as many windows as that takes.
+
+    Args:
+        sides: True for in front of it.
+    """
+    frames = options.get("frames") or pipeline.info.num_frames
+    wanted = max(1, round(seconds * pipeline.info.fps))
+    seeds = (stream_seed(seed, "extend", number) for number in count())
+    for backward in sides:
+        window = extending.window_of(pipeline, frames, given_latents, backward=backward)
+        video = extending.lengthen(
+            *(pipeline, prompt, video, window, wanted, seeds), backward=backward, **options
+        )
+    return video
+
+
+def _minutes(
+    pipeline: TextToVideo,
+    prompt: str,
+    minutes: float,
+    noise_level: float,
+    given_latents: int | None,
+    seed: int,
+    options: dict[str, Any],
+) -> Tensor:
+    num_frames = num_frames_of(minutes, pipeline.info.fps)
+    schedule = Schedule.parse(prompt, 60 * minutes)
+    plan = plan_windows(pipeline, num_frames, given_latents)
+    rest = {k: v for k, v in options.items() if k not in ("frames", "keyframes")}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for _ in roll(pipeline, schedule, plan, folder, seed=seed, noise_level=noise_level, **rest):
+            pass
+        frames = np.concatenate(list(decoded(pipeline, plan, folder, num_frames)))
+    return to_float(torch.from_numpy(frames).permute(3, 0, 1, 2))
+
+
+def num_frames_of(minutes: float, fps: float) -> int:
+    """Frames of a video that lasts so long; at least one."""
+    return max(1, round(minutes * 60 * fps))

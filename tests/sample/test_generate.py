@@ -1,0 +1,104 @@
+"""The one call from Python: what `zoetrope sample` does, with tensors."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.video import to_uint8, write_video
+from sample.generate import generate
+from sample.media import read_video
+from sample.pipeline import TextToVideo
+
+QUICK = {"steps": 2, "seed": 5}
+
+
+@pytest.fixture
+def pipeline(pipeline_of_tasks):
+    return pipeline_of_tasks
+
+
+@pytest.fixture(scope="module")
+def videos():
+    generator = torch.Generator().manual_seed(3)
+    low = torch.rand(2, 3, 4, 4, 4, generator=generator)
+    return list(torch.nn.functional.interpolate(low, (14, 16, 24), mode="trilinear") * 1.4 - 0.7)
+
+
+@pytest.fixture
+def size():
+    return {"height": 16, "width": 24}
+
+
+def test_given_frames_are_in_the_result_bit_for_bit(pipeline, videos, size):
+    """Of a size that the model's own clips have not."""
+    first, second = videos
+    longer = generate(pipeline, "x", extend=first, seconds=1, both=True, **QUICK, **size)
+    assert longer.shape == (3, 8 + 14 + 8, 16, 24)
+    assert torch.equal(longer[:, 8:22], first)
+    before = generate(pipeline, "x", extend=first, backward=True, **QUICK, **size)
+    assert torch.equal(before[:, 8:], first)
+    joined = generate(
+        pipeline, "x", connect=(first, second), given_latents=1, frames=13, **QUICK, **size
+    )
+    assert joined.shape[1] == 14 + 7 + 14
+    assert torch.equal(joined[:, :14], first)
+    assert torch.equal(joined[:, -14:], second)
+    mask = torch.zeros(9, 16, 24, dtype=torch.bool)
+    mask[:, 8:] = True
+    changed = generate(pipeline, "x", edit=first[:, :9], mask=mask, strength=0.8, **QUICK, **size)
+    assert torch.equal(changed[:, :, :8], first[:, :9, :8])
+    assert (changed - first[:, :9])[:, :, 12:].abs().max() > 0.05
+
+
+def test_pictures_go_with_text_loops_and_minutes(pipeline, videos, size):
+    options = {"image": videos[0][:, 0], "references": [videos[1][:, 0]], **QUICK, **size}
+    clip = generate(pipeline, "x", **options)
+    assert torch.equal(clip, pipeline(["x"], seeds=[5], **_without_seed(options))[0])
+    loop = generate(pipeline, "x", loop=True, keyframes={-1: videos[1][:, 0]}, **options)
+    assert loop.shape[1] == 9 + 3
+    minute = generate(pipeline, "0s: x | 2s: y", minutes=0.05, noise_level=0.1, **options)
+    assert minute.shape == (3, 24, 16, 24)
+    other = generate(pipeline, "0s: x | 2s: z", minutes=0.05, noise_level=0.1, **options)
+    assert torch.equal(minute[:, :17], other[:, :17])
+    assert not torch.equal(minute[:, 17:], other[:, 17:])
+
+
+def _without_seed(options):
+    return {name: value for name, value in options.items() if name != "seed"}
+
+
+def test_it_is_what_the_command_writes(zoetrope, tasks_folder, frames_of):
+    assert zoetrope(tasks_folder, "--extend", "long.mp4", "--seed", 5)[0] == 0
+    pipeline = TextToVideo.from_folder(tasks_folder, "cpu")
+    given = read_video("--extend", Path("long.mp4"), 16, 16, 8.0)
+    made = to_uint8(generate(pipeline, "a circle", extend=given, **QUICK)).permute(1, 2, 3, 0)
+    write_video("made.mp4", made.numpy(), fps=8)
+    assert np.array_equal(frames_of("out.mp4"), frames_of("made.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("extend", "edit"), "extend and edit: use one at a time"),
+        (("loop", "minutes"), "loop and minutes: use one at a time"),
+        (("extend", "image"), "image and extend: leave one of them out"),
+        (("edit", "keyframes"), "keyframes and edit: leave one of them out"),
+        (("minutes", "keyframes"), "keyframes and minutes: leave one of them out"),
+    ],
+)
+def test_what_does_not_go_together(pipeline, videos, size, names, message):
+    given = {"extend": videos[0], "edit": videos[0][:, :9], "image": videos[0][:, 0]}
+    given |= {"loop": True, "minutes": 0.05, "keyframes": {4: videos[0][:, 0]}}
+    with pytest.raises(ValueError, match=message):
+        generate(pipeline, "x", **{name: given[name] for name in names}, **size)
+
+
+def test_two_pictures_for_one_frame(pipeline, videos, size):
+    picture = videos[0][:, 0]
+    for keyframes in ({0: picture}, {-9: picture}):
+        with pytest.raises(ValueError, match="two pictures are given for frame 0"):
+            pipeline(["x"], image=picture, keyframes=keyframes, steps=1, **size)
+    with pytest.raises(ValueError, match="a picture for frame -10, and the clip's are 0 to 8"):
+        pipeline(["x"], keyframes={-10: picture}, steps=1, **size)
