@@ -18,7 +18,8 @@ import torch
 from benchmarks.timing import resident
 from data.video_write import write_chunks
 from sample.pipeline import TextToVideo
-from sample.roll import Schedule, decoded, plan_windows, roll
+from sample.roll import decoded, plan_windows, roll
+from sample.schedule import Schedule
 
 EVERY = 10.0  # seconds of video
 

@@ -1,7 +1,7 @@
 """Whether a minute of video stays what it was: the object there, its colour and its speed as before.
 
-Videos are made window by window, decoded window by window, and measured frame by frame as they come,
-so time and memory grow no more than their length. Beside them stand real clips of the same length.
+Videos are made window by window, decoded window by window, and measured frame by frame as they come, so
+the memory they take does not grow with their length. Beside them stand real clips of the same length.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from data.randomness import stream_seed
 from data.video_write import write_chunks
-from data.world import COLOURS, Scene
+from data.world import COLOURS, LEVELS, Scene
 from data.world_render import render
 from eval.metrics import Estimate, mean_estimate
 from eval.tracker import find_blobs, name_of
@@ -133,7 +133,8 @@ def _rolled(
     progress: Progress | None,
 ) -> Course:
     """The course of a video that the model makes from a scene's caption."""
-    from sample.roll import Schedule, decoded, plan_windows, roll
+    from sample.roll import decoded, plan_windows, roll
+    from sample.schedule import Schedule
 
     plan = plan_windows(pipeline, frames)
     seed = stream_seed(settings.seed, "eval", "minute", scene.index)
@@ -156,6 +157,14 @@ def _summary(rows: Sequence[dict[str, float]]) -> dict[str, Estimate]:
         key=lambda name: (name != "permanence", name.split(": ")[-1], _begin(name)),
     )
     return {name: mean_estimate([row[name] for row in rows if name in row]) for name in names}
+
+
+def chance(names: Iterable[str]) -> dict[str, float]:
+    """What one object gets that has one of the level's colours at random, of these figures."""
+    palette = np.array([COLOURS[name] for name in LEVELS[1].colours], float)
+    distances = np.linalg.norm(palette[:, None] - palette, axis=-1)
+    guesses = {"permanence": 1 / len(palette), "colour_drift": float(distances.mean())}
+    return {name: guesses[kind] for name in names if (kind := name.split(": ")[-1]) in guesses}
 
 
 def _begin(name: str) -> float:
@@ -200,13 +209,14 @@ def score_minute(
         courses["generated"] = _rolled(pipeline, scene, frames, settings, progress)
         for column, course in courses.items():
             rows[column].append(measure(course, info.fps, every))
+    scores = {column: _summary(videos) for column, videos in rows.items()}
     return part_results(
         pipeline,
         settings,
         "minute",
-        {column: _summary(videos) for column, videos in rows.items()},
-        chance={},
-        chance_is="",
+        scores,
+        chance=chance(scores["real"]),
+        chance_is="one object, of any colour",
         num_is=f"videos of {seconds:g} s",
         notes=[
             f"{frames} frames in {plan.num_windows} windows, each of {plan.length} latent frames, of "

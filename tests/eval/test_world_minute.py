@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.world import COLOURS
+from data.world import COLOURS, LEVELS
 from data.world_render import render
 from eval.tables import as_text, score_table
 from eval.world_clips import draw_scenes, encoded, prompt_of
@@ -68,7 +68,13 @@ def test_a_model_that_knows_the_scene_and_one_that_fades(roller):
     text = as_text(score_table(results))
     assert "world suite, minute: 2 videos of 6 s, seed 4" in text
     assert "4 to 6 s: drift of the speed, as a share" in text
-    assert "chance" not in text
+    assert "one object, of any colour" in text
+    chance = results["chance"]
+    assert chance["permanence"] == chance["2 to 4 s: permanence"] == pytest.approx(1 / 6)
+    colours = [np.array(COLOURS[name], float) for name in LEVELS[1].colours]
+    distances = [np.linalg.norm(a - b) for a in colours for b in colours]
+    assert chance["0 to 2 s: colour_drift"] == pytest.approx(np.mean(distances))
+    assert not any("speed" in name for name in chance)
 
     faded = score_minute(Oracle(roller, 65, fading), SETTINGS, seconds=6, every=2)["scores"]
     drifts = [faded["generated"][f"{name}: colour_drift"]["value"]
