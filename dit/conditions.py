@@ -81,6 +81,15 @@ class BesideFrames:
         places[..., 0] = self.positions.repeat_interleave(grid[1] * grid[2], dim=1)
         return places
 
+    def without_references(self) -> BesideFrames | None:
+        """What is no picture of a subject; itself where none is, None where all are."""
+        kept = self.positions[0] > REFERENCE_POSITION
+        if kept.all():
+            return self
+        if not kept.any():
+            return None
+        return BesideFrames(self.latents[:, :, kept], self.t[:, kept], self.positions[:, kept])
+
     def repeated(self, times: int) -> BesideFrames:
         """For a batch in which all clips come several times, one batch after the other."""
         parts = (self.latents, self.t, self.positions)

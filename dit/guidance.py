@@ -7,7 +7,9 @@
               to the prediction held back, its size bounded, and a momentum across steps
 
 All of them can be rescaled (Lin et al. 2023, eq. 15-16) and kept to an interval of noise levels
-(Kynkäänniemi et al. 2024).
+(Kynkäänniemi et al. 2024). With pictures of subjects beside the clip there is guidance towards these
+too: away from a prediction that has neither them nor the text (InstructPix2Pix, Brooks et al. 2023,
+eq. 3).
 """
 
 from __future__ import annotations
@@ -56,6 +58,9 @@ class GuidanceConfig(BaseModel):
     rescale: Share = 0.0  # share of the rescaled result in the mixture; Lin et al. use 0.7
     interval: tuple[Share, Share] = (0.0, 1.0)  # noise levels t, lowest and highest, with guidance
     sequential: bool = False  # one text after the other: half the memory, the same result
+    references: NonNegativeFloat | None = (
+        None  # scale of pictures of subjects; None, 1: no guidance
+    )
     zero_steps: NonNegativeInt | None = None  # cfg_zero: noise levels without movement (default 1)
     momentum: Annotated[float, Field(gt=-1, lt=1)] | None = None  # apg: of the guidance (-0.5)
     parallel: Share | None = None  # apg: share of the parallel part that stays, the paper's eta (0)
@@ -102,9 +107,14 @@ class GuidanceConfig(BaseModel):
                 message = f"{name}={values.get(name)}; expected {expected}"
             raise ValueError(f"guidance: {message}") from None
 
+    @property
+    def is_none(self) -> bool:
+        """Whether there is no guidance at any noise level."""
+        return self.scale == 1 and self.references in (None, 1)
+
     def active(self, t: Tensor) -> bool:
         """Whether there is guidance at noise levels t; the noisiest one decides."""
-        if self.scale == 1:
+        if self.is_none:
             return False
         # Compared as float32, in which t comes, so that 0.3 lies in an interval up to 0.3.
         low, high = torch.tensor(self.interval).tolist()
@@ -171,6 +181,9 @@ class GuidedDenoiser:
         objective: Objective | None,
         beside: BesideFrames | None = None,
     ) -> None:
+        self.without = None if beside is None else beside.without_references()
+        if beside is None or beside is self.without:
+            guidance = guidance.model_copy(update={"references": None})
         self.model, self.guidance, self.objective = model, guidance, objective
         self.beside = beside
         self.num_evaluations = 0  # clips that the model was asked about
@@ -182,41 +195,49 @@ class GuidedDenoiser:
             assert parallel is not None
             self._projected = ProjectedGuidance(momentum, parallel, guidance.max_norm)
         # Positive texts come first: outside the interval they alone are asked about.
-        alone = guidance.scale == 1
-        texts = [text] if alone else [text, negative]
-        if not alone and not guidance.sequential:
+        texts, count = [text] if guidance.is_none else [text, negative], len(text[0])
+        if not guidance.is_none and not guidance.sequential:
             texts = [_joined(text, negative)]
         self._prepared = [model.prepare_context(*each) for each in texts]
-        self._positive = self._prepared[0].rows(slice(len(text[0])))
+        self._positive = self._prepared[0].rows(slice(count))
+        self._negative = self._prepared[-1].rows(slice(-count, None))
         self.reuse: list[FeatureReuse] = []  # one for each part evaluated together
         if reuse_threshold is not None:
-            self.reuse = [FeatureReuse(reuse_threshold) for _ in texts]
+            self.reuse = [FeatureReuse(reuse_threshold) for _ in (*texts, None)]
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """The prediction for x (b c f h w) at noise levels t, (b,) or (b f), in float32."""
         guidance = self.guidance
         stands_still = self._stands_still(t)
         if not guidance.active(t):
-            return self._predict(x, t, self._positive, 0)
+            return self._predict(x, t, self._positive, 0, self.beside)
         if stands_still:
             return torch.zeros_like(x, dtype=torch.float32)
         if guidance.sequential:
             positive, negative = (
-                self._predict(x, t, text, n) for n, text in enumerate(self._prepared)
+                self._predict(x, t, text, n, self.beside) for n, text in enumerate(self._prepared)
             )
         else:
             twice = torch.cat([x, x]), torch.cat([t, t])
-            positive, negative = self._predict(*twice, self._prepared[0], 0).chunk(2)
+            both = self._predict(*twice, self._prepared[0], 0, self.beside)
+            positive, negative = both.chunk(2)
         if self._projected is not None:
             guided = self._project(positive, negative, x, t)
         else:
             best = guidance.kind == "cfg_zero"
             guided = combine(positive, negative, guidance.scale, optimal_negative=best)
+        if guidance.references not in (None, 1):
+            # Of the paper's three terms the two with the text are `guided`.
+            neither = self._predict(x, t, self._negative, len(self._prepared), self.without)
+            guided = guided + (guidance.references - 1) * (negative - neither)
         return rescaled(guided, positive, guidance.rescale) if guidance.rescale else guided
 
-    def _predict(self, x: Tensor, t: Tensor, text: PreparedContext, number: int) -> Tensor:
+    def _predict(
+        self, x: Tensor, t: Tensor, text: PreparedContext, number: int, beside: BesideFrames | None
+    ) -> Tensor:
+        """Args: number: of the part, for what it reuses."""
         self.num_evaluations += len(x)
-        reuse, beside = self.reuse[number] if self.reuse else None, self.beside
+        reuse = self.reuse[number] if self.reuse else None
         if beside is not None:
             beside = beside.repeated(len(x) // len(beside.latents))
         return self.model(x, t, text, beside=beside, reuse=reuse).float()
@@ -268,7 +289,7 @@ def guided_denoiser(
     """The denoiser of one sampling run: make a new one for every run, as it remembers steps.
 
     Keys and values of the texts are computed here, once. A scale of 1, and noise levels outside the
-    interval, take one evaluation per clip instead of two.
+    interval, take one evaluation per clip instead of two; guidance towards references takes three.
 
     Args:
         text: context (b m d) and context_mask (b m) or None, of the clips to sample.

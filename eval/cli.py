@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,6 +93,9 @@ WantedPart = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(help="Sampler steps.", **_WORLD)]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale, 1 for none.", **_WORLD)]
+GuidanceReferences = Annotated[
+    float | None, typer.Option(help="With --part identity: scale of the pictures.", **_WORLD)
+]
 WantedSampler = Annotated[
     Sampler | None, typer.Option(help="The objective's own by default.", **_WORLD)
 ]
@@ -149,6 +153,7 @@ def evaluate(
     output: Output = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    guidance_references: GuidanceReferences = None,
     sampler: WantedSampler = None,
     avoid: Avoid = None,
     against: Against = None,
@@ -171,10 +176,12 @@ def evaluate(
     scenes: dict[str, Any] = {"level": level, "split": split, "seed": seed}
     scenes = {name: value for name, value in scenes.items() if value is not None}
     settings = _settings(part, num, batch_size, steps, guidance, sampler, scenes)
+    settings = replace(settings, guidance_references=guidance_references)
     of_the_world = {
         "part": part,
         "steps": steps,
         "guidance": guidance,
+        "guidance_references": guidance_references,
         "sampler": sampler,
         "avoid": avoid,
     }
@@ -205,6 +212,8 @@ def evaluate(
         _refuse(of_vaes, Suite.vae)
         if part not in (None, Part.text):
             _refuse_of_text({"level": level, "split": split, "avoid": avoid})
+        if guidance_references is not None and part is not Part.identity:
+            raise ValueError("--guidance-references goes with --part identity")
         results, text = _world_suite(model, part or Part.text, settings, avoid, device)
     if int(os.environ.get("RANK", 0)):  # under torchrun one process speaks for all
         return

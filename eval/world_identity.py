@@ -274,6 +274,8 @@ def score_identity(
         if column == "generated":
             every = zip([*prompts, *plain_prompts], [*subjects, *shapes])
             clips = [{"prompt": prompt, **asdict(score)} for prompt, score in every]
+    pictured = settings.guidance_references
+    pictured = pipeline.sampling.guidance_references if pictured is None else pictured
     return part_results(
         pipeline,
         settings,
@@ -282,7 +284,7 @@ def score_identity(
         chance=chance(scenes),
         chance_is="chance",
         num_is="scenes of subjects, and as many of plain shapes",
-        notes=_NOTES,
+        notes=[*_NOTES, f"guidance towards the pictures: {pictured:g}"],
         clips=clips,
     )
 

@@ -40,7 +40,7 @@ Progress = Callable[[str, int], object]
 class WorldSettings:
     """What is asked of the model; chosen before looking at scores.
 
-    steps, guidance, sampler: as `TextToVideo`; None for its defaults.
+    steps, guidance, guidance_references, sampler: as `TextToVideo`; None for its defaults.
 
     Raises:
         ValueError: num or batch_size is below 1.
@@ -52,6 +52,7 @@ class WorldSettings:
     seed: int = 0
     steps: int | None = None
     guidance: float | None = None
+    guidance_references: float | None = None
     sampler: SamplerName | None = None
     batch_size: int = 32
 
@@ -143,7 +144,8 @@ def read_scene(path: str | os.PathLike[str], scene: Scene) -> np.ndarray:
 
 def sampling_options(settings: WorldSettings) -> dict[str, Any]:
     """What settings say of the sampling, as `TextToVideo.__call__` takes it."""
-    options = {name: getattr(settings, name) for name in ("steps", "guidance", "sampler")}
+    names = ("steps", "guidance", "guidance_references", "sampler")
+    options = {name: getattr(settings, name) for name in names}
     return {name: value for name, value in options.items() if value is not None}
 
 

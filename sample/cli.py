@@ -156,6 +156,9 @@ def sample(
     guidance_low: Annotated[
         float | None, typer.Option(help="Scale for the low-noise expert of a model with two.")
     ] = None,
+    guidance_references: Annotated[
+        float | None, typer.Option(help="Scale of --reference; 1 is none, 3 by default.")
+    ] = None,
     guidance_kind: Annotated[str | None, typer.Option(help="cfg, cfg_zero or apg.")] = None,
     guidance_rescale: Annotated[
         float | None, typer.Option(help="0 to 1: hold back contrast that guidance adds.")
@@ -212,6 +215,8 @@ def sample(
     videos = FromVideos(
         *(extend, connect, loop, edit, seconds, backward, both, strength, mask, given)
     )
+    if guidance_references is not None and not reference:
+        raise ValueError("--guidance-references goes with --reference, which is not there")
     pictures = [flag for flag, value in (("--image", image), ("--last", last)) if value]
     pictures += ["--keyframe"] if keyframe else []
     videos.check(pictures, frames, batch_size, context)
@@ -268,6 +273,7 @@ def sample(
             sequential=sequential,
         ),
         "guidance_low": guidance_low,
+        "guidance_references": guidance_references,
         "sampler": sampler,
         "grid": grid_of(grid),
         "shift": shift,

@@ -203,6 +203,7 @@ class TextToVideo:
         steps: int | None = None,
         guidance: GuidanceConfig | float | None = None,
         guidance_low: float | None = None,
+        guidance_references: float | None = None,
         sampler: SamplerName | None = None,
         grid: GridConfig | Tensor | None = None,
         shift: float | None = None,
@@ -224,6 +225,7 @@ class TextToVideo:
             steps: sampler steps.
             guidance: a config, or the scale of classifier-free guidance, 1 for none.
             guidance_low: scale for the low-noise expert of a model with two; None for the same.
+            guidance_references: scale of pictures of subjects, where they are given; 1 for none.
             sampler: its name; grid: where it stops; shift: of that grid.
             seeds: one per prompt (default 0, 1, ...); a sample depends on its own seed alone.
             negative: what guidance moves away from; or its states and mask, one row or one per prompt.
@@ -247,13 +249,14 @@ class TextToVideo:
             self.info.width if width is None else width,
         )
         shape = self.latent_shape(*size)
-        guidances = self._guidances(guidance, guidance_low)
+        pictured = guidance_references if references else 1.0
+        guidances = self._guidances(guidance, guidance_low, pictured)
         if given is not None and given.source is not None and given.strength < 1:
             # CFG-Zero* stands still at the first noise levels of all, which an edit does not see.
             moving = {"zero_steps": 0}
             guidances = [g.model_copy(update=moving) if g.zero_steps else g for g in guidances]
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        texts = self._texts_of(prompts, negative, all(g.scale == 1 for g in guidances))
+        texts = self._texts_of(prompts, negative, all(g.is_none for g in guidances))
         count = len(texts[0][0])
         seeds = list(range(count) if seeds is None else seeds)
         if len(seeds) != count:
@@ -339,12 +342,19 @@ class TextToVideo:
         )
 
     def _guidances(
-        self, guidance: GuidanceConfig | float | None, low: float | None
+        self,
+        guidance: GuidanceConfig | float | None,
+        low: float | None,
+        references: float | None,
     ) -> list[GuidanceConfig]:
         """One for each expert."""
         guidance = self.sampling.guidance if guidance is None else guidance
         if not isinstance(guidance, GuidanceConfig):
             guidance = GuidanceConfig.checked(scale=guidance)
+        if guidance.references is None:
+            references = self.sampling.guidance_references if references is None else references
+            values = {**guidance.model_dump(), "references": references}
+            guidance = GuidanceConfig.checked(**values)
         if len(self.experts) == 1:
             if low is not None:
                 raise ValueError(

@@ -13,6 +13,7 @@ from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from pydantic import ValidationError
 
+from dit.conditions import BesideFrames
 from dit.guidance import GuidanceConfig, guided_denoiser, rescaled
 from dit.objective import DDPM, FlowMatching
 
@@ -274,9 +275,60 @@ def test_feature_reuse_with_guidance_and_an_interval(dit, sequential):
         assert torch.equal(exact(x, t), plain(x, t))
 
 
+def beside(*positions):
+    g = torch.Generator().manual_seed(3)
+    latents = torch.randn(2, 4, len(positions), 4, 4, generator=g)
+    return BesideFrames(latents, torch.zeros(2, len(positions)), torch.tensor([positions] * 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_references_have_a_scale_of_their_own(dit, calls, sequential, scale):
+    """InstructPix2Pix, eq. 3: e(0, 0) + s_I (e(I, 0) - e(0, 0)) + s_T (e(I, T) - e(I, 0)), where what
+    stands beside the clip and is no reference is always there."""
+    (text, negative), (x, t) = texts(), noisy()
+    pictures, still = beside(1.5, -16.0, -24.0), beside(1.5)
+    still = BesideFrames(pictures.latents[:, :, :1], still.t, still.positions)
+    guidance = GuidanceConfig(
+        scale=scale, references=2.5, sequential=sequential, interval=(0.0, 0.8)
+    )
+    denoise = guided_denoiser(dit, text, negative, guidance, beside=pictures)
+    got = denoise(x, t)
+    assert sum(calls) == denoise.num_evaluations == 6
+    both, one = (dit(x, t, *each, beside=pictures) for each in (text, negative))
+    none = dit(x, t, *negative, beside=still)
+    expected = none + 2.5 * (one - none) + scale * (both - one)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert (expected - one - scale * (both - one)).abs().max() > 0.01
+    calls.clear()
+    high = torch.ones(2)
+    torch.testing.assert_close(denoise(x, high), dit(x, high, *text, beside=pictures))
+    assert sum(calls) == 4  # one evaluation of each clip outside the interval, and the one above
+    reused = guided_denoiser(dit, text, negative, guidance, beside=pictures, reuse_threshold=10.0)
+    reused(x, t)
+    torch.testing.assert_close(reused(x, t), got, atol=1e-5, rtol=1e-5)
+    assert sum(reuse.num_skipped for reuse in reused.reuse) == 6
+
+
+@torch.no_grad()
+def test_without_references_their_scale_is_none(dit, calls):
+    (text, negative), (x, t) = texts(), noisy()
+    for pictures in (None, beside(1.5)):
+        calls.clear()
+        for scale, count in ((3.0, 4), (1.0, 2)):
+            guidance = GuidanceConfig(scale=scale, references=2.5)
+            got = guided_denoiser(dit, text, negative, guidance, beside=pictures)(x, t)
+            plain = guided_denoiser(dit, text, negative, scale, beside=pictures)
+            assert plain.num_evaluations == 0
+            assert torch.equal(got, plain(x, t))
+            assert plain.num_evaluations == count
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"references": -1.0}, "guidance: references=-1.0; expected greater than or equal to 0"),
         ({"scale": math.nan}, "guidance: scale=nan; expected a finite number"),
         ({"scale": math.inf}, "guidance: scale=inf; expected a finite number"),
         ({"scale": -1.0}, "guidance: scale=-1.0; expected greater than or equal to 0"),

@@ -167,6 +167,8 @@ def test_what_is_done_all_the_same_is_said(zoetrope, tasks_folder, flags, said):
         ("--keyframe 0.5:a.png --keyframe 0.51:b.png", "there is another picture for that frame"),
         ("--keyframe 0.5:none.png", "--keyframe none.png: no such file"),
         ("--reference none.png", "--reference none.png: no such file"),
+        ("--guidance-references 2", "--guidance-references goes with --reference"),
+        ("--reference a.png --guidance-references -1", "references=-1.0; expected greater than"),
         ("--reference text.mp4", "--reference text.mp4: not a picture that can be read"),
         (
             "--reference a.png --reference b.png --reference a.png",
@@ -211,8 +213,24 @@ def test_a_model_without_references_says_so(zoetrope, folder):
     assert "1 reference picture(s), and the model was trained with none" in errors
 
 
+def test_the_scale_of_references(pipeline):
+    """The model's own by default; 1 is none, and takes two evaluations instead of three."""
+    picture = torch.full((3, 16, 16), 0.5)
+    options = {"references": [picture], "steps": 2, "seeds": [0]}
+    made = [
+        pipeline(["a"], guidance_references=scale, **options) for scale in (None, 3.0, 2.0, 1.0)
+    ]
+    assert torch.equal(made[0], made[1])
+    assert (made[1] - made[2]).abs().max() > 1e-3
+    assert pipeline.work.num_evaluations == 4
+    pipeline(["a"], **options)
+    assert pipeline.work.num_evaluations == 6
+    pipeline(["a"], steps=2)
+    assert pipeline.work.num_evaluations == 4
+
+
 def test_references_stand_beside_the_clip_in_their_order(pipeline):
-    """Clean, in both branches of guidance, each in a place of its own; one a clip, or one for all."""
+    """Clean, with the text and without, each in a place of its own; one a clip, or one for all."""
     seen, whole = [], pipeline.dit.forward
     pipeline.dit.forward = lambda *a, **k: seen.append(k["beside"]) or whole(*a, **k)
     pictures = [torch.full((3, 16, 16), value) for value in (-0.5, 0.5)]
@@ -223,7 +241,10 @@ def test_references_stand_beside_the_clip_in_their_order(pipeline):
         other = pipeline(["a", "a"], references=swapped, **options)
     finally:
         pipeline.dit.forward = whole
-    for beside in seen:
+    assert len(seen) == 4
+    for neither in seen[1::2]:  # of guidance towards the pictures
+        assert neither.positions.shape[1] == 1
+    for beside in seen[::2]:
         assert beside.positions[:, 1:].tolist() == [[-16.0, -24.0]] * len(beside.positions)
         assert (beside.t == 0).all()
         true = torch.cat([pipeline.encode(p[:, None]) for p in pictures], dim=2)
