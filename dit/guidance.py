@@ -288,7 +288,7 @@ def guided_denoiser(
 ) -> GuidedDenoiser:
     """The denoiser of one sampling run: make a new one for every run, as it remembers steps.
 
-    Keys and values of the texts are computed here, once. A scale of 1, and noise levels outside the
+    Keys and values of the texts are computed here, once. Scales of 1, and noise levels outside the
     interval, take one evaluation per clip instead of two; guidance towards references takes three.
 
     Args:

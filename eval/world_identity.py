@@ -274,8 +274,9 @@ def score_identity(
         if column == "generated":
             every = zip([*prompts, *plain_prompts], [*subjects, *shapes])
             clips = [{"prompt": prompt, **asdict(score)} for prompt, score in every]
-    pictured = settings.guidance_references
-    pictured = pipeline.sampling.guidance_references if pictured is None else pictured
+    if settings.guidance_references is None:  # said in the results
+        pictured = pipeline.sampling.guidance_references
+        settings = replace(settings, guidance_references=pictured)
     return part_results(
         pipeline,
         settings,
@@ -284,7 +285,7 @@ def score_identity(
         chance=chance(scenes),
         chance_is="chance",
         num_is="scenes of subjects, and as many of plain shapes",
-        notes=[*_NOTES, f"guidance towards the pictures: {pictured:g}"],
+        notes=[*_NOTES, f"guidance towards the pictures: {settings.guidance_references:g}"],
         clips=clips,
     )
 

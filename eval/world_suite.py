@@ -242,7 +242,10 @@ def sampling_used(pipeline: TextToVideo, settings: WorldSettings) -> dict[str, A
     from dit.samplers import samplers_for
 
     usual = pipeline.sampling
+    pictured = settings.guidance_references
+    used = {} if pictured is None else {"guidance_references": pictured}
     return {
+        **used,
         "steps": usual.steps if settings.steps is None else settings.steps,
         "guidance": usual.guidance if settings.guidance is None else settings.guidance,
         "sampler": settings.sampler or usual.sampler or samplers_for(pipeline.objective)[0],

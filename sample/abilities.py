@@ -131,6 +131,9 @@ class FromVideos:
         def make(prompt: str, seed: int, asked: dict[str, Any]) -> Tensor:
             from sample.generate import generate
 
+            if self.edit is not None:
+                asked = {**asked, "frames": None}
+
             return generate(
                 pipeline,
                 prompt,
@@ -230,11 +233,14 @@ class Rolling:
         num_frames = num_frames_of(self.minutes, pipeline.info.fps)
         plan = roll.plan_windows(pipeline, num_frames, self.given)
         options = {k: v for k, v in options.items() if k not in ("frames", "keyframes")}
+        schedules = [Schedule.parse(text) for text in texts]
+        for schedule in schedules:
+            roll.check_schedule(pipeline, schedule, plan)
         for index in range(ranks.rank, len(texts), ranks.world_size):
             path, folder = paths[index], paths[index].with_suffix(".windows")
             windows = roll.roll(
                 pipeline,
-                Schedule.parse(texts[index]),
+                schedules[index],
                 plan,
                 folder,
                 seed=seed + index,

@@ -151,7 +151,7 @@ def sample(
         int | None, typer.Option(help="Sampler steps; the model's own, or 20.")
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Scale, 1 turns it off; the model's own, or 2.")
+        float | None, typer.Option(help="Scale of the text, 1 is none; the model's own, or 2.")
     ] = None,
     guidance_low: Annotated[
         float | None, typer.Option(help="Scale for the low-noise expert of a model with two.")
@@ -230,8 +230,10 @@ def sample(
     }
     rolling.check(texts, videos, pictures, others)
     paths = output_paths(output, len(texts), gif, picture=frames == 1 and minutes is None)
-    files = [*videos.paths, mask, image, last, *(reference or ())]
-    check_not_given(paths, [path for path in files if path is not None])
+    read = [*videos.paths, *(reference or ()), prompts, mask, image, last]
+    read += [Path(each.partition(":")[2]) for each in keyframe or ()]
+    written = [*paths, *([sheet] if sheet else []), *([p.with_suffix(".gif") for p in paths] * gif)]
+    check_not_given(written, [path for path in read if path is not None])
 
     from data.video import parse_size
     from sample import processes
@@ -256,6 +258,8 @@ def sample(
     info = pipeline.info
     frames = info.num_frames if frames is None else frames
     height, width = height or info.height, width or info.width
+    if reference and guidance_references is None:
+        guidance_references = pipeline.sampling.guidance_references
     options: dict[str, Any] = {
         "frames": frames,
         "height": height,
@@ -265,6 +269,7 @@ def sample(
             pipeline,
             guidance,
             guidance_low,
+            references=guidance_references,
             negative=negative,
             steps=steps,
             kind=guidance_kind,
@@ -273,7 +278,6 @@ def sample(
             sequential=sequential,
         ),
         "guidance_low": guidance_low,
-        "guidance_references": guidance_references,
         "sampler": sampler,
         "grid": grid_of(grid),
         "shift": shift,

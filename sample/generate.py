@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from itertools import count
 from pathlib import Path
@@ -18,6 +19,17 @@ from sample.edit import edit as edited
 from sample.pipeline import TextToVideo
 from sample.roll import NOISE_LEVEL, decoded, plan_windows, roll
 from sample.schedule import Schedule
+
+# What each of these changes; "text" is a clip without any of the others.
+_GOES_WITH = {
+    "mask": ("edit",),
+    "backward": ("extend",),
+    "both": ("extend",),
+    "given_latents": ("extend", "connect", "loop", "minutes"),
+    "image": ("text", "loop", "minutes"),
+    "keyframes": ("text", "loop"),
+    "frames": ("text", "extend", "connect", "loop"),
+}
 
 
 def generate(
@@ -67,13 +79,20 @@ def generate(
     names = [name for name, value in (*asked.items(), ("minutes", minutes)) if value is not None]
     if len(names) > 1:
         raise ValueError(f"{names[0]} and {names[1]}: use one at a time")
-    pictures = ["image"] if options.get("image") is not None else []
-    pictures += ["keyframes"] if options.get("keyframes") else []
-    free = {"loop": ("image", "keyframes"), "minutes": ("image",)}
-    for name in names:
-        for picture in pictures:
-            if picture not in free.get(name, ()):
-                raise ValueError(f"{picture} and {name}: leave one of them out")
+    others = {"mask": mask, "backward": backward or None, "both": both or None}
+    others |= {"given_latents": given_latents, "keyframes": options.get("keyframes") or None}
+    others |= {name: options.get(name) for name in ("image", "frames")}
+    for name, value in others.items():
+        if value is not None and not set(_GOES_WITH[name]) & set(names or ["text"]):
+            raise ValueError(
+                f"{name} goes with {', '.join(_GOES_WITH[name])}, and not with "
+                f"{names[0] if names else 'text'}; leave one of them out"
+            )
+    if backward and both:
+        raise ValueError("backward and both: use one of them")
+    for name, value in (("seconds", seconds), ("minutes", minutes)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name}={value:g}; use a number above 0")
     if edit is not None:
         return edited(pipeline, prompt, edit, strength, mask, seeds=[seed], **options)
     if extend is not None:
@@ -132,7 +151,7 @@ def _minutes(
     num_frames = num_frames_of(minutes, pipeline.info.fps)
     schedule = Schedule.parse(prompt, 60 * minutes)
     plan = plan_windows(pipeline, num_frames, given_latents)
-    rest = {k: v for k, v in options.items() if k not in ("frames", "keyframes")}
+    rest = {k: v for k, v in options.items() if k not in ("frames", "keyframes")}  # that are None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for _ in roll(pipeline, schedule, plan, folder, seed=seed, noise_level=noise_level, **rest):

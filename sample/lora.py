@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dit.transformer import DiT
-from sample.model import Model
+from sample.model import Model, ModelInfo, also_knowing
 from sample.shards import read_header, save_tensors
 from sample.wan_names import wan_name
 
@@ -41,6 +42,7 @@ _FLOATS = (
     torch.float8_e4m3fn,
     torch.float8_e5m2,
 )
+KNOWS = ("tasks", "sizes", "references", "given_noise")  # that lora.yaml says under `trained`
 LoRA = tuple[Path, float]  # a file or folder, and a scale
 GivenLoRA = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 GivenLoRAs = str | os.PathLike[str] | Sequence[GivenLoRA]
@@ -313,6 +315,17 @@ def _warn_of_expert(path: Path, flag: str, expert: str) -> None:
         )
 
 
+def _trained(path: Path, info: ModelInfo) -> ModelInfo:
+    """What a model's info is with what lora.yaml says that the LoRA was trained on, if it does."""
+    weights = weights_of(path)
+    about = _about(weights.parent).get("trained") if weights.name == WEIGHTS else None
+    try:
+        known = {name: about[name] for name in KNOWS}  # type: ignore[index]
+        return ModelInfo.model_validate({**info.model_dump(), **known})
+    except (TypeError, KeyError, ValidationError):  # of another origin, or not as it was written
+        return info
+
+
 def add_loras(model: Model, loras: Sequence[LoRA], low: Sequence[LoRA]) -> None:
     """Adds LoRAs to a model's DiT, and others to its low-noise expert, each with its scale.
 
@@ -328,3 +341,4 @@ def add_loras(model: Model, loras: Sequence[LoRA], low: Sequence[LoRA]) -> None:
             if model.dit_low_noise is not None:
                 _warn_of_expert(path, flag, "high" if flag == "--lora" else "low")
             apply_lora(dit, path, scale)
+            model.info = also_knowing(model.info, _trained(path, model.info))

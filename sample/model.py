@@ -69,6 +69,22 @@ class ModelInfo(BaseModel):
     provenance: dict[str, str | int | float | None] = {}
 
 
+def also_knowing(before: ModelInfo, more: ModelInfo) -> ModelInfo:
+    """`more`, and what was known before: tasks, references, sizes, noise of what is given.
+
+    A model that does not say which sizes it was trained on, as imported ones, still does not.
+    """
+    noises = [n for n in (before.given_noise, more.given_noise) if n is not None]
+    known = {
+        "tasks": tuple(dict.fromkeys((*before.tasks, *more.tasks))),
+        "sizes": tuple(dict.fromkeys((*before.sizes, *more.sizes))) if before.sizes else (),
+        "references": max(before.references, more.references),
+        "given_noise": max(noises, default=None),
+        "image_to_video": before.image_to_video or more.image_to_video,
+    }
+    return more.model_copy(update=known)
+
+
 class SamplingDefaults(BaseModel):
     """How the model is sampled unless told otherwise."""
 

@@ -149,23 +149,26 @@ def guidance_of(
     scale: float | None,
     low: float | None,
     *,
+    references: float | None,
     negative: str,
     steps: int | None,
     **options: Any,
 ) -> GuidanceConfig:
     """What the flags say; the scale as the model has it by default.
 
+    Args:
+        references: scale of reference pictures; None where none are given.
     Raises:
         ValueError: a value that cannot be used, flags that would do nothing, or no step that moves.
     """
     from dit.guidance import GuidanceConfig
 
-    given = {name: value for name, value in options.items() if value not in (None, False)}
+    given = {k: value for k, value in options.items() if value is not None and value is not False}
     scale = pipeline.sampling.guidance if scale is None else scale
-    config = GuidanceConfig.checked(scale=scale, **given)
+    config = GuidanceConfig.checked(scale=scale, references=references, **given)
     flags = ["--sequential" if name == "sequential" else f"--guidance-{name}" for name in given]
     flags += ["--negative"] if negative else []
-    if flags and scale == 1 and low in (None, 1):
+    if flags and config.is_none and low in (None, 1):
         raise ValueError(f"guidance 1 is no guidance; leave out {flags[0]} or raise --guidance")
     steps = pipeline.sampling.steps if steps is None else steps
     if scale != 1 and config.zero_steps and steps <= config.zero_steps:

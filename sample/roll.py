@@ -81,6 +81,26 @@ def plan_windows(pipeline: TextToVideo, num_frames: int, given: int | None = Non
     return Plan(first, length, shown, 1 + -(-more // (length - shown)))
 
 
+def _second(pipeline: TextToVideo, plan: Plan, window: int) -> float:
+    """When a window's first new frame is shown."""
+    factor = pipeline.vae.temporal_factor
+    return max(0, (plan.begins(window) - 1) * factor + 1) / pipeline.info.fps
+
+
+def check_schedule(pipeline: TextToVideo, schedule: Schedule, plan: Plan) -> None:
+    """Raises ValueError: a prompt of the schedule holds at the beginning of no window."""
+    begins = [_second(pipeline, plan, window) for window in range(plan.num_windows)]
+    used = {schedule.at(begin) for begin in begins}
+    for start, prompt in zip(schedule.starts, schedule.prompts):
+        if prompt not in used:
+            before = max((begin for begin in begins if begin <= start), default=0.0)
+            raise ValueError(
+                f"prompt schedule: no window begins while {prompt!r} holds, from {start:g}s; the last "
+                f"one before that begins at {before:g}s, and windows are {begins[-1] - begins[-2]:g} s "
+                "apart; move it, or have it hold for longer"
+            )
+
+
 def roll(
     pipeline: TextToVideo,
     schedule: Schedule,
@@ -112,9 +132,10 @@ def roll(
             f"noise level {noise_level:g} of given frames; use 0 to below 1, such as 0.05"
         )
     require_references(pipeline.info, len(references))
+    check_schedule(pipeline, schedule, plan)
     if image is not None:
         require_task(pipeline.info, "first", "a given first frame")
-    factor, fps = pipeline.vae.temporal_factor, pipeline.info.fps
+    factor = pipeline.vae.temporal_factor
     size = {"height": height or pipeline.info.height, "width": width or pipeline.info.width}
     claim = {**_made_by(pipeline), **vars(plan), **vars(schedule), "seed": seed, **size}
     claim |= {"noise_level": noise_level, "image": _hash(image)}
@@ -124,7 +145,7 @@ def roll(
     for window in range(plan.num_windows):
         path = _window(folder, window)
         if not path.exists():
-            prompt = schedule.at(max(0, plan.begins(window) * factor - factor + 1) / fps)
+            prompt = schedule.at(_second(pipeline, plan, window))
             length = plan.first if window == 0 else plan.length
             given = None
             if before is not None:
@@ -203,7 +224,8 @@ def _made_by(pipeline: TextToVideo) -> dict[str, Any]:
         with weights_of(path).open("rb") as file:
             loras.append([hashlib.file_digest(file, "sha256").hexdigest()[:16], scale])
     model = hashlib.sha256(pipeline.info.model_dump_json().encode()).hexdigest()[:16]
-    return {"model": model, "loras": loras, "dtype": str(pipeline.dtype)}
+    defaults = pipeline.sampling.model_dump_json()
+    return {"model": model, "loras": loras, "dtype": str(pipeline.dtype), "sampling": defaults}
 
 
 def _hash(tensor: Tensor | None) -> str:

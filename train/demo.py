@@ -237,7 +237,8 @@ def report(size: Size) -> None:
             "Prompts never used in training": videos[:12],
             "Pairs never seen": videos[12:],
             "Given more than a text: pictures and videos, and what was made of them": [
-                ReportVideo(*each) for each in pages(out / "model", out / "abilities")
+                ReportVideo(*each)
+                for each in pages(out / "model", out / "abilities", size.long_minutes)
             ],
         },
         tables=[score_table(result) for result in results],

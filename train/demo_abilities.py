@@ -123,13 +123,17 @@ def write_given(folder: Path) -> None:
         write_video(folder / name, video, fps=8)
 
 
-def examples(model: Path) -> list[Example]:
-    """One of each ability; those with references if a model folder was trained with so many."""
+def examples(model: Path, minutes: float = 1.0) -> list[Example]:
+    """One of each ability; those with references if a model folder was trained with so many.
+
+    Args:
+        minutes: of the longest.
+    """
     known = read_model_file(model).info.references
-    return [each for each in _every_example() if each.flags.count("--reference") <= known]
+    return [each for each in _every_example(minutes) if each.flags.count("--reference") <= known]
 
 
-def _every_example() -> list[Example]:
+def _every_example(minutes: float) -> list[Example]:
     scenes = _scenes()
     moving, other, middle, changed, bounces, one, two = scenes.values()
     long_text = _text(bounces)
@@ -184,8 +188,8 @@ def _every_example() -> list[Example]:
         Example(
             "minute.mp4",
             "A minute; the prompt changes half way",
-            f"0s: {long_text} | 30s: {_other_colour(bounces)}",
-            ("--minutes", "1"),
+            f"0s: {long_text} | {30 * minutes:g}s: {_other_colour(bounces)}",
+            ("--minutes", f"{minutes:g}"),
         ),
     ]
 
@@ -203,14 +207,12 @@ def sample_examples(
     """
     write_given(folder / "given")
     trained = (model / "model.yaml").stat().st_mtime
-    for example in examples(model):
+    for example in examples(model, minutes):
         target = folder / example.name
         if target.exists() and target.stat().st_mtime > trained:
             print(f"{target}: there already")
             continue
         flags = [_placed(flag, folder / "given") for flag in example.flags]
-        if "--minutes" in flags:
-            flags[flags.index("--minutes") + 1] = f"{minutes:g}"
         run("zoetrope", "sample", str(model), example.prompt, *flags, "-o", str(target))
 
 
@@ -219,14 +221,14 @@ def _placed(flag: str, folder: Path) -> str:
     return flag.removesuffix(name) + str(folder / name) if name else flag
 
 
-def pages(model: Path, folder: Path) -> list[tuple[Path, str, str]]:
+def pages(model: Path, folder: Path, minutes: float = 1.0) -> list[tuple[Path, str, str]]:
     """For a page: files, what stands under them, and a note; what is given before what came of it.
 
     Args:
         model, folder: as `sample_examples`.
     """
     found = []
-    for example in examples(model):
+    for example in examples(model, minutes):
         found += [(folder / "given" / name, name, "given") for name in example.inputs]
         text = f"{example.title}: {example.prompt}"
         found.append((folder / example.name, text, " ".join(example.flags)))

@@ -84,7 +84,7 @@ def main(name: str = "world", page: str = "docs/gallery.md") -> None:
         raise SystemExit(f"gallery: {model} is not there; run {command(name)} first")
     abilities(size)
     target.with_suffix("").mkdir(parents=True, exist_ok=True)
-    rows = [line(example, folder, target) for example in examples(model)]
+    rows = [line(example, folder, target) for example in examples(model, size.long_minutes)]
     text = _HEAD.format(out=size.shown) + "\n".join(rows) + "\n"
     with replacing(target) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -21,7 +21,8 @@ from data.video import to_float, to_uint8
 from dit.objective import Objective
 from dit.text import TextEncoder
 from dit.transformer import DiT
-from sample.model import Model, ModelInfo, load_model, save_model
+from sample.lora import KNOWS
+from sample.model import Model, ModelInfo, also_knowing, load_model, save_model
 from sample.pipeline import MAX_BATCH_CELLS, TextToVideo
 from sample.processes import Ranks
 from train.clips import TrainingClips
@@ -188,18 +189,9 @@ class DiTRecipe(Recipe):
         info = super().model_info(provenance).model_copy(update=trained)
         if self.options.init is None:
             return info
-        # What it goes on from knew more, perhaps; an imported model does not say which sizes.
         before = self._start.info
-        noises = [n for n in (before.given_noise, info.given_noise) if n is not None]
-        known = {
-            "tasks": tuple(dict.fromkeys((*before.tasks, *info.tasks))),
-            "sizes": tuple(dict.fromkeys((*before.sizes, *info.sizes))) if before.sizes else (),
-            "references": max(before.references, info.references),
-            "given_noise": max(noises, default=None),
-            "image_to_video": before.image_to_video,
-            "provenance": {**before.provenance, **provenance, "init": str(self.options.init)},
-        }
-        return info.model_copy(update=known)
+        origin = {**before.provenance, **provenance, "init": str(self.options.init)}
+        return also_knowing(before, info).model_copy(update={"provenance": origin})
 
     @property
     def shapes_per_size(self) -> int:
@@ -400,6 +392,8 @@ class DiTRecipe(Recipe):
         about: dict[str, Any] = {"base": str(self.options.init)}
         if self.options.expert is not None:
             about["expert"] = self.options.expert
+        info = self.model_info(provenance).model_dump(mode="json")
+        about["trained"] = {name: info[name] for name in KNOWS}
         about["provenance"] = provenance
         export_lora(folder, self.dit, self.options.lora, about, write=write)
 

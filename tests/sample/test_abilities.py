@@ -157,6 +157,8 @@ def test_what_is_done_all_the_same_is_said(zoetrope, tasks_folder, flags, said):
         ("--image a.png --last b.png --frames 1", "two pictures are given for frame 0"),
         ("--edit long.mp4 --mask wide.png", "--mask wide.png is 16x48, and long.mp4 is 16x16"),
         ("--edit long.mp4 -o long.mp4", "-o long.mp4: is one of the files that are given"),
+        ("--image a.png --sheet a.png", "-o a.png: is one of the files that are given"),
+        ("--keyframe 0:a.png --frames 1 -o a.png", "-o a.png: is one of the files that are given"),
         ("--image a.png --frames 1 -o a.png", "-o a.png: is one of the files that are given"),
         ("--minutes 1 --last b.png", "--last does not go with --minutes"),
         ("--minutes 1 --given 2", "given=2 of windows of 2 latent frames; use 1 to 1"),

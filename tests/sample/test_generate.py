@@ -83,14 +83,25 @@ def test_it_is_what_the_command_writes(zoetrope, tasks_folder, frames_of):
     [
         (("extend", "edit"), "extend and edit: use one at a time"),
         (("loop", "minutes"), "loop and minutes: use one at a time"),
-        (("extend", "image"), "image and extend: leave one of them out"),
-        (("edit", "keyframes"), "keyframes and edit: leave one of them out"),
-        (("minutes", "keyframes"), "keyframes and minutes: leave one of them out"),
+        (("extend", "image"), "image goes with text, loop, minutes, and not with extend"),
+        (("edit", "keyframes"), "keyframes goes with text, loop, and not with edit"),
+        (("minutes", "keyframes"), "keyframes goes with text, loop, and not with minutes"),
+        (
+            ("minutes", "frames"),
+            "frames goes with text, extend, connect, loop, and not with minutes",
+        ),
+        (("mask",), "mask goes with edit, and not with text"),
+        (("edit", "given_latents"), "given_latents goes with extend, connect, loop, minutes, and"),
+        (("loop", "backward"), "backward goes with extend, and not with loop"),
+        (("extend", "backward", "both"), "backward and both: use one of them"),
+        (("extend", "seconds"), "seconds=-1; use a number above 0"),
     ],
 )
 def test_what_does_not_go_together(pipeline, videos, size, names, message):
     given = {"extend": videos[0], "edit": videos[0][:, :9], "image": videos[0][:, 0]}
-    given |= {"loop": True, "minutes": 0.05, "keyframes": {4: videos[0][:, 0]}}
+    given |= {"loop": True, "minutes": 0.05, "keyframes": {4: videos[0][:, 0]}, "frames": 9}
+    given |= {"mask": torch.ones(9, 16, 24, dtype=torch.bool), "given_latents": 1, "seconds": -1}
+    given |= {"backward": True, "both": True}
     with pytest.raises(ValueError, match=message):
         generate(pipeline, "x", **{name: given[name] for name in names}, **size)
 

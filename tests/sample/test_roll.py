@@ -135,6 +135,11 @@ def test_a_schedule_through_the_command(zoetrope, tasks_folder, frames_of):
     for prompt, message in (
         ("0s: a | 4s: b", "got times 0s, 4s, and the video ends at 3s"),
         ("0s: a | 1s:", "got '1s:'"),
+        (
+            "0s: a | 2.8s: b",
+            "no window begins while 'b' holds, from 2.8s; the last one before that",
+        ),
+        ("0s: a | 1.2s: b | 1.4s: c", "no window begins while 'b' holds, from 1.2s"),
     ):
         code, _, errors = zoetrope(tasks_folder, "--minutes", "0.05", prompt=prompt)
         assert code != 0

@@ -15,6 +15,7 @@ from data.manifest import read_manifest
 from data.world_files import WorldSpec, write_world
 from dit.conditions import reference_position
 from sample.model import load_model
+from sample.pipeline import TextToVideo
 from tests.train.test_tasks import items_of, recipe_of
 from train import dit_validation
 from train.cli import app
@@ -186,6 +187,21 @@ def test_a_run_with_references(room, subjects, tmp_path):
     info, before = load_model(more / "model").info, load_model(whole / "model").info
     assert (info.tasks, info.references, info.sizes) == (before.tasks, 2, before.sizes)
     assert (before.given_noise, info.given_noise) == (0, 0)
+
+
+def test_a_lora_says_what_it_taught(room, subjects, tmp_path):
+    plain = room.train(tmp_path / "plain", "dit", data=subjects)
+    init = {"vae": None, "dit": None, "text": None, "objective": None, "init": str(plain / "model")}
+    taught = {"lora": {"rank": 2}, "tasks": {"first": 1.0, "references": 1.0, "noise": 0.2}}
+    more = room.train(
+        tmp_path / "more", "dit", data=subjects, recipe={**init, **taught}, train={"steps": 1}
+    )
+    assert TextToVideo.from_folder(plain / "model", "cpu").info.references == 0
+    info = TextToVideo.from_folder(plain / "model", "cpu", lora=more / "lora").info
+    assert (info.tasks, info.references, info.given_noise) == (("first",), 2, 0.2)
+    (more / "lora" / "lora.yaml").write_text("trained: 3")  # not ours
+    known = TextToVideo.from_folder(plain / "model", "cpu", lora=more / "lora").info
+    assert known == TextToVideo.from_folder(plain / "model", "cpu").info
 
 
 def test_the_command_makes_the_cache_that_a_run_takes(room, subjects, tmp_path):
