@@ -157,7 +157,7 @@ def sample(
         float | None, typer.Option(help="Scale for the low-noise expert of a model with two.")
     ] = None,
     guidance_references: Annotated[
-        float | None, typer.Option(help="Scale of --reference; 1 is none, 3 by default.")
+        float | None, typer.Option(help="Scale of --reference; 1 is none, 2 by default.")
     ] = None,
     guidance_kind: Annotated[str | None, typer.Option(help="cfg, cfg_zero or apg.")] = None,
     guidance_rescale: Annotated[

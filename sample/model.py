@@ -93,7 +93,7 @@ class SamplingDefaults(BaseModel):
     sampler: SamplerName | None = None  # None: the objective's first
     steps: PositiveInt = 20
     guidance: NonNegativeFloat = 2.0
-    guidance_references: NonNegativeFloat = 3.0  # of pictures of subjects, where they are given
+    guidance_references: NonNegativeFloat = 2.0  # of pictures of subjects, where they are given
 
 
 VAEPart = Annotated[

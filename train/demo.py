@@ -22,6 +22,19 @@ PROMPT_SEED = 2_000  # of the scenes shown on the page; scores use eval's own se
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A training that goes on for longer.
+
+    clips: that are rendered for it: folder of the world, scenario, how many, and seed. others: folders
+    of the world that it has too.
+    """
+
+    config: Path
+    clips: tuple[tuple[str, str, int, int], ...]
+    others: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Size:
     """How large a demo is; minutes are measured on two CPU cores."""
 
@@ -35,8 +48,7 @@ class Size:
     held_out: int
     prompts: int
     minutes: tuple[float, ...]  # per step; 0: not in this demo
-    more: Path | None = None  # trains it on for longer
-    more_clips: dict[str, int] = field(default_factory=dict)  # for that, by scenario
+    longer: tuple[Stage, ...] = ()
     parts: dict[str, int] = field(default_factory=dict)  # of the world suite, and clips of each
     long_minutes: float = 1.0  # of the longest video
 
@@ -58,8 +70,22 @@ SIZES = {
     "long": replace(
         WORLD,
         shown=Path("runs/demo-long"),
-        more=Path("configs/world/more.yaml"),
-        more_clips={"subjects": 12_000, "bounces": 5_000, **dict.fromkeys(LAWS, 2_000)},
+        longer=(
+            Stage(
+                Path("configs/world/long-1.yaml"),
+                (
+                    ("long/subjects", "subjects", 12_000, 4),
+                    ("long/bounces", "bounces", 5_000, 4),
+                    *((f"long/{law}", law, 2_000, 4) for law in LAWS),
+                ),
+                ("mixed/shapes",),
+            ),
+            Stage(
+                Path("configs/world/long-2.yaml"),
+                tuple((f"long/subjects-{seed}", "subjects", 6_000, seed) for seed in (5, 6)),
+                ("long/bounces", "long/uniform", "mixed/shapes"),
+            ),
+        ),
         parts={"identity": 100, "extension": 24, "physics": 48, "edit": 48, "minute": 4},
         minutes=(2.3, 3, 14, 7, 50, 0.4, 2, 1.5, 15, 0.1),
     ),
@@ -74,8 +100,13 @@ SIZES = {
         held_out=16,
         prompts=8,
         minutes=(0.1, 0.3, 0.4, 0.3, 0.3, 0.2, 0.3, 0.2, 0.2, 0.1),
-        more=Path("configs/world/tiny-more.yaml"),
-        more_clips={"subjects": 32},
+        longer=(
+            Stage(
+                Path("configs/world/tiny-long.yaml"),
+                (("long/subjects", "subjects", 32, 4),),
+                ("mixed/shapes",),
+            ),
+        ),
         parts={"identity": 4},
         long_minutes=0.05,
     ),
@@ -128,13 +159,11 @@ def render(size: Size) -> None:
         _render(size, "held-out", "shapes", size.held_out, "held-out", 2),
         _render(size, "held-out-subjects", "subjects", size.held_out // 2, "held-out", 2),
     ]
-    more = [
-        _render(size, f"more/{scenario}", scenario, clips, "train", 4)
-        for scenario, clips in size.more_clips.items()
-    ]
     joined = {"mixed": mixed, "held-out-mixed": held_out}
-    if more:
-        joined["more"] = [*more, size.out / "world" / "mixed" / "shapes" / "manifest.jsonl"]
+    for stage in size.longer:
+        new = [_render(size, *clips[:3], "train", clips[3]) for clips in stage.clips]
+        old = [size.out / "world" / folder / "manifest.jsonl" for folder in stage.others]
+        joined[stage.config.stem] = new + old
     for name, manifests in joined.items():
         path = str(size.out / "world" / f"{name}.jsonl")
         run_here("zoetrope", "data", "join", path, *map(str, manifests), "--overwrite")
@@ -225,8 +254,8 @@ def report(size: Size) -> None:
     scored = ("held-out", "combinations", *size.parts)
     results = [json.loads((out / f"scores-{name}.json").read_text()) for name in scored]
     logs = {"VAE": "vae", "DiT, text to video": "dit", "DiT, all tasks": "tasks"}
-    if size.more is not None:
-        logs["DiT, all tasks, for longer"] = "more"
+    for stage in size.longer:
+        logs[f"DiT, all tasks, {stage.config.stem}"] = stage.config.stem
     write_report(
         out / "report.html",
         title="Zoetrope: videos that this machine learned to make from text",
@@ -259,14 +288,14 @@ def link_model(size: Size, run: str) -> None:
 
 def train_tasks(size: Size) -> None:
     torchrun(size.tasks)
-    if size.more is None:
+    if not size.longer:
         link_model(size, "tasks")
 
 
-def train_more(size: Size) -> None:
-    assert size.more is not None
-    torchrun(size.more)
-    link_model(size, "more")
+def train_longer(size: Size) -> None:
+    for stage in size.longer:
+        torchrun(stage.config)
+    link_model(size, size.longer[-1].config.stem)
 
 
 STEPS: tuple[tuple[str, Callable[[Size], None]], ...] = (
@@ -274,7 +303,7 @@ STEPS: tuple[tuple[str, Callable[[Size], None]], ...] = (
     ("train the video VAE", lambda size: torchrun(size.vae)),
     ("train the diffusion transformer: text to video", lambda size: torchrun(size.dit)),
     ("train it on, to be given pictures and videos too", train_tasks),
-    ("train it on for longer, above all on subjects and seams", train_more),
+    ("train it on for longer, above all on subjects and seams", train_longer),
     ("sample prompts never used in training", sample),
     ("animate, extend, connect, loop, edit, go on for a minute", abilities),
     ("score the texts", score),

@@ -232,7 +232,8 @@ def test_an_untrained_model_scores_nothing(tiny_model):
         assert made[name]["value"] == 0
     assert made["plain shape, no reference: joint"]["value"] == 0
     assert real["one subject: identity"]["value"] == 1
-    assert results["sampling"] == {"steps": 1, "guidance": 1, "sampler": "euler"}
+    used = {"steps": 1, "guidance": 1, "guidance_references": 2.0, "sampler": "euler"}
+    assert results["sampling"] == used
     json.dumps(results, allow_nan=False)
 
 

@@ -47,9 +47,9 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
     scores = json.loads((out / "scores-identity.json").read_text())["scores"]
     assert scores["real"]["one subject: identity"]["value"] == 1
     assert "the right one of 100" in page
-    assert (out / "model").resolve() == out / "more" / "model"
+    assert (out / "model").resolve() == out / "tiny-long" / "model"
     manifests = [
-        out / "world" / name for name in ("train/manifest.jsonl", "mixed.jsonl", "more.jsonl")
+        out / "world" / name for name in ("train/manifest.jsonl", "mixed.jsonl", "tiny-long.jsonl")
     ]
     trained = "".join(path.read_text() for path in manifests)
     for prompt in (out / "prompts.txt").read_text().splitlines():

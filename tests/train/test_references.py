@@ -198,7 +198,7 @@ def test_a_lora_says_what_it_taught(room, subjects, tmp_path):
     )
     assert TextToVideo.from_folder(plain / "model", "cpu").info.references == 0
     info = TextToVideo.from_folder(plain / "model", "cpu", lora=more / "lora").info
-    assert (info.tasks, info.references, info.given_noise) == (("first",), 2, 0.2)
+    assert (info.tasks, info.references, info.given_noise) == (("text", "first"), 2, 0.2)
     (more / "lora" / "lora.yaml").write_text("trained: 3")  # not ours
     known = TextToVideo.from_folder(plain / "model", "cpu", lora=more / "lora").info
     assert known == TextToVideo.from_folder(plain / "model", "cpu").info
