@@ -22,7 +22,7 @@ LONG = 100
 _HEAD = """# Gallery
 
 One example of each ability of the demo's model, which two CPU cores trained from nothing
-([README](../README.md)). `make demo` makes them; `make gallery` made this page of what is in `{out}`.
+([README](../README.md)). `{demo}` makes them; `{gallery}` made this page of what is in `{out}`.
 Nothing is picked out: each is the first that was made. What each ability is: [given.md](given.md); how
 well the model does it: [demo-recipe.md](demo-recipe.md).
 
@@ -85,7 +85,13 @@ def main(name: str = "world", page: str = "docs/gallery.md") -> None:
     abilities(size)
     target.with_suffix("").mkdir(parents=True, exist_ok=True)
     rows = [line(example, folder, target) for example in examples(model, size.long_minutes)]
-    text = _HEAD.format(out=size.shown) + "\n".join(rows) + "\n"
+    text = (
+        _HEAD.format(
+            out=size.shown, demo=command(name), gallery=command(name).replace("demo", "gallery", 1)
+        )
+        + "\n".join(rows)
+        + "\n"
+    )
     with replacing(target) as partial:
         partial.write_text(text, encoding="utf-8")
     print(f"{target}: {len(rows)} examples")
