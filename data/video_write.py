@@ -125,7 +125,8 @@ def _encode(
 ) -> None:
     height, width = size
     options = {"movflags": "+faststart"}
-    with av.open(str(path), "w", format="mp4", options=options) as container:
+    # An absolute path, or ffmpeg takes what stands before a colon for a protocol.
+    with av.open(str(path.absolute()), "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         codec = stream.codec_context

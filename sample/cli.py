@@ -233,6 +233,8 @@ def sample(
     read = [*videos.paths, *(reference or ()), prompts, mask, image, last]
     read += [Path(each.partition(":")[2]) for each in keyframe or ()]
     written = [*paths, *([sheet] if sheet else []), *([p.with_suffix(".gif") for p in paths] * gif)]
+    if sheet is not None and sheet.absolute() in [path.absolute() for path in paths]:
+        raise ValueError(f"--sheet {sheet}: is what -o writes too; use another name")
     check_not_given(written, [path for path in read if path is not None])
 
     from data.video import parse_size

@@ -74,6 +74,10 @@ def edit_batch(
     shape = pipeline.latent_shape(frames, height, width)
     kept = None
     if masks is not None:
+        if masks.dtype != torch.bool:
+            raise ValueError(
+                f"the mask is of {masks.dtype}; expected torch.bool, True where to change"
+            )
         if masks.shape[1:] != videos.shape[2:]:
             raise ValueError(
                 f"the mask has shape {tuple(masks.shape[1:])}; expected ({frames} {height} {width})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from sample.schedule import Schedule
 # What each of these changes; "text" is a clip without any of the others.
 _GOES_WITH = {
     "mask": ("edit",),
+    "strength": ("edit",),
+    "seconds": ("extend",),
+    "noise_level": ("minutes",),
     "backward": ("extend",),
     "both": ("extend",),
     "given_latents": ("extend", "connect", "loop", "minutes"),
@@ -37,16 +41,16 @@ def generate(
     prompt: str,
     *,
     extend: Tensor | None = None,
-    seconds: float = 1.0,
+    seconds: float | None = None,
     backward: bool = False,
     both: bool = False,
     connect: tuple[Tensor, Tensor] | None = None,
     loop: bool = False,
     edit: Tensor | None = None,
-    strength: float = 0.6,
+    strength: float | None = None,
     mask: Tensor | None = None,
     minutes: float | None = None,
-    noise_level: float = NOISE_LEVEL,
+    noise_level: float | None = None,
     given_latents: int | None = None,
     seed: int = 0,
     **options: Any,
@@ -57,12 +61,12 @@ def generate(
     thing at a time is asked of them. Without any it is what `TextToVideo.__call__` makes.
 
     Args:
-        extend: a video that goes on for `seconds` more; backward: in front of it; both: so long on
+        extend: a video that goes on for `seconds` (1) more; backward: in front of it; both: so long on
             either side. Its own frames are in the result.
         connect: two videos, from one of which to lead into the other.
         loop: what is made leads back to its own beginning.
-        edit: a video to change by the prompt, from the noise level `strength` on; mask: (f h w), True
-            where it may change.
+        edit: a video to change by the prompt, from the noise level `strength` (0.6) on; mask: (f h w),
+            True where it may change.
         minutes: so long, in windows; the prompt may be a schedule (`sample.schedule`), and an image
             and references can be given. All of it is in memory at the end; `sample.roll` writes what
             is longer to a file.
@@ -80,6 +84,7 @@ def generate(
     if len(names) > 1:
         raise ValueError(f"{names[0]} and {names[1]}: use one at a time")
     others = {"mask": mask, "backward": backward or None, "both": both or None}
+    others |= {"seconds": seconds, "strength": strength, "noise_level": noise_level}
     others |= {"given_latents": given_latents, "keyframes": options.get("keyframes") or None}
     others |= {name: options.get(name) for name in ("image", "frames")}
     for name, value in others.items():
@@ -93,24 +98,60 @@ def generate(
     for name, value in (("seconds", seconds), ("minutes", minutes)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name}={value:g}; use a number above 0")
+    for name in ("seeds", "output", "given", "noise"):
+        if options.pop(name, None) is not None:
+            raise ValueError(f"{name} is for TextToVideo itself, which makes batches; leave it out")
+    pair = connect or (None, None)
+    if len(pair) != 2:
+        raise ValueError(f"connect: got {len(pair)} videos; give two")
+    extend, edit = _checked("extend", extend, options), _checked("edit", edit, options)
+    connect = _checked("connect", pair[0], options), _checked("connect", pair[1], options)
     if edit is not None:
+        strength = 0.6 if strength is None else strength
         return edited(pipeline, prompt, edit, strength, mask, seeds=[seed], **options)
     if extend is not None:
         sides = (True, False) if both else (backward,)
-        return _extended(pipeline, prompt, extend, seconds, sides, given_latents, seed, options)
+        return _extended(
+            pipeline, prompt, extend, seconds or 1.0, sides, given_latents, seed, options
+        )
     if minutes is not None:
-        return _minutes(pipeline, prompt, minutes, noise_level, given_latents, seed, options)
-    if connect is None and not loop:
+        level = NOISE_LEVEL if noise_level is None else noise_level
+        return _minutes(pipeline, prompt, minutes, level, given_latents, seed, options)
+    first, second = connect
+    if first is None and not loop:
         return pipeline([prompt], seeds=[seed], **options)[0]
     frames = options.get("frames") or pipeline.info.num_frames
     window = extending.window_of(pipeline, frames, given_latents, sides=2)
-    if connect is not None:
-        first, second = connect
+    if first is not None and second is not None:
+        if first.shape[2:] != second.shape[2:]:
+            sizes = " and ".join(f"{v.shape[2]}x{v.shape[3]}" for v in (first, second))
+            raise ValueError(f"connect: videos of {sizes}; give two of one size")
         new = extending.connect(pipeline, prompt, first, second, window, seeds=[seed], **options)
         return torch.cat([first, new, second], dim=1)
     video = pipeline([prompt], seeds=[seed], **options)[0]
     back = {**options, "image": None, "keyframes": None, "seeds": [stream_seed(seed, "loop", 0)]}
     return torch.cat([video, extending.loop(pipeline, prompt, video, window, **back)], dim=1)
+
+
+def _checked(name: str, video: Tensor | None, options: Mapping[str, Any]) -> Tensor | None:
+    """A given video in float32; its height and width are those to make.
+
+    Raises:
+        ValueError: it is no video (3 f h w), or options ask for another size.
+    """
+    if video is None:
+        return None
+    shape = tuple(getattr(video, "shape", ()))
+    if not isinstance(video, Tensor) or len(shape) != 4 or shape[0] != 3:
+        raise ValueError(
+            f"{name}: got {type(video).__name__} of shape {shape}; expected a tensor (3 f h w)"
+        )
+    for side, length in (("height", shape[2]), ("width", shape[3])):
+        if options.get(side) not in (None, length):
+            raise ValueError(
+                f"{side}={options[side]}, and the video to {name} has {length}; scale it before"
+            )
+    return video.float()
 
 
 def _extended(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,10 +30,16 @@ def read_image(path: Path, height: int, width: int, flag: str = "--image") -> Te
     from data.images import eight_bits
     from data.video import to_float
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{flag} {path}: no such file")
+    _require_file(flag, path)
     try:
-        with Image.open(path) as opened:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            opened = Image.open(path)
+        with opened:
+            if (count := getattr(opened, "n_frames", 1)) > 1:
+                print(
+                    f"warning: {flag} {path} has {count} pictures; the first is used",
+                    file=sys.stderr,
+                )
             ImageOps.exif_transpose(opened, in_place=True)
             picture = eight_bits(opened)
     except Image.DecompressionBombError as error:
@@ -76,7 +83,7 @@ def read_keyframes(
     for text in keyframes:
         time, colon, path = text.partition(":")
         try:
-            frame = round(float(time) * fps)
+            frame = round(float(time) * fps) if float(time) >= 0 else -1
         except (ValueError, OverflowError):
             colon, frame = "", 0
         if not colon or not path:
@@ -94,6 +101,28 @@ def read_keyframes(
     return found
 
 
+def _require_file(flag: str, path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{flag} {path}: is no file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{flag} {path}: no such file")
+
+
+def _refuse_animated(flag: str, path: Path) -> None:
+    """Of pictures that move, the video reader has the first alone."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            count = getattr(opened, "n_frames", 1)
+    except OSError:  # a picture that PIL does not know
+        return
+    if count > 1:
+        raise ValueError(
+            f"{flag} {path}: an animated picture of {count} frames; make a video of it, such as .mp4"
+        )
+
+
 def video_info(flag: str, path: Path) -> VideoInfo:
     """What a video is.
 
@@ -102,8 +131,7 @@ def video_info(flag: str, path: Path) -> VideoInfo:
     """
     from data.video import VideoReader, VideoReadError
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{flag} {path}: no such file")
+    _require_file(flag, path)
     try:
         with VideoReader(path) as reader:
             return reader.info
@@ -122,6 +150,8 @@ def read_video(flag: str, path: Path, height: int, width: int, fps: float) -> Te
     from data.video import VideoReadError, read_clip, to_float
 
     info = video_info(flag, path)
+    if info.is_image:
+        _refuse_animated(flag, path)
     frames = max(1, int(info.duration * fps + 1e-3))
     try:
         clip = read_clip(path, num_frames=frames, fps=fps, height=height, width=width)

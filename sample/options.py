@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from sample.pipeline import TextToVideo
 
 
+_LONGEST = 220  # bytes of a file name, to which a few are added while it is written
+
+
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line; blank lines and lines that start with # are left out.
 
@@ -64,7 +67,7 @@ def check_not_given(paths: Sequence[Path], given: Sequence[Path]) -> None:
     """Refuses to write what is to be read."""
     for path in given:
         if any(each.exists() and path.exists() and each.samefile(path) for each in paths):
-            raise ValueError(f"-o {path}: is one of the files that are given; use another name")
+            raise ValueError(f"{path} is one of the files that are given; write to another one")
 
 
 def check_files(flag: str, paths: Sequence[Path]) -> None:
@@ -72,6 +75,8 @@ def check_files(flag: str, paths: Sequence[Path]) -> None:
     for path in paths:
         if path.is_dir():
             raise ValueError(f"{flag} {path}: is a folder; give a file name")
+        if len(os.fsencode(path.name)) > _LONGEST:
+            raise ValueError(f"{flag} {path}: the name has more than {_LONGEST} bytes")
     folder = paths[0].parent
     above = next(each for each in (folder, *folder.parents) if each.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):

@@ -93,11 +93,10 @@ def check_schedule(pipeline: TextToVideo, schedule: Schedule, plan: Plan) -> Non
     used = {schedule.at(begin) for begin in begins}
     for start, prompt in zip(schedule.starts, schedule.prompts):
         if prompt not in used:
-            before = max((begin for begin in begins if begin <= start), default=0.0)
+            before = max(begin for begin in begins if begin <= start)
             raise ValueError(
                 f"prompt schedule: no window begins while {prompt!r} holds, from {start:g}s; the last "
-                f"one before that begins at {before:g}s, and windows are {begins[-1] - begins[-2]:g} s "
-                "apart; move it, or have it hold for longer"
+                f"one before that begins at {before:g}s; move it there, or have it hold for longer"
             )
 
 
@@ -163,10 +162,15 @@ def roll(
                 **options,
             )
             new = made if window == 0 else made[:, :, plan.given :]
-            with replacing(path) as partial:
-                save_file({"latents": new.contiguous()}, partial)
+            try:
+                with replacing(path) as partial:
+                    save_file({"latents": new.contiguous()}, partial)
+            except SafetensorError as error:
+                raise OSError(f"{path}: cannot be written ({error})") from None
         # A window may be made of frames of several before it.
-        part = _read(path)
+        part = _read(path, pipeline, plan, window)
+        if before is not None and part.shape[3:] != before.shape[3:]:
+            raise _damaged(path, f"latents of {part.shape[3]}x{part.shape[4]}")
         before = part if before is None else torch.cat([before, part], dim=2)
         before = before[:, :, -plan.given :]
         yield window + 1
@@ -178,7 +182,7 @@ def decoded(
     """The frames of the windows, uint8 (n h w 3), window by window."""
     stream, left = pipeline.vae.new_stream(), num_frames
     for window in range(plan.num_windows):
-        latents = _read(_window(folder, window)).to(pipeline.device)
+        latents = _read(_window(folder, window), pipeline, plan, window).to(pipeline.device)
         with torch.no_grad():
             video = pipeline.vae.decode(latents, stream)[0].clamp(-1, 1)
         frames = to_uint8(video.cpu()).permute(1, 2, 3, 0).contiguous().numpy()[:left]
@@ -202,7 +206,8 @@ def write_rolled(
 def write_preview(pipeline: TextToVideo, folder: Path, window: int) -> None:
     """The new frames of the latest window, decoded by themselves, as a short video in the folder."""
     with torch.no_grad():
-        video = pipeline.vae.decode(_read(_window(folder, window)).to(pipeline.device))[0]
+        latents = load_file(_window(folder, window))["latents"]
+        video = pipeline.vae.decode(latents.to(pipeline.device))[0]
     write_video(folder / _PREVIEW, to_uint8(video.clamp(-1, 1).cpu()), pipeline.info.fps)
 
 
@@ -210,11 +215,22 @@ def _window(folder: Path, window: int) -> Path:
     return folder / f"window-{window:05d}.safetensors"
 
 
-def _read(path: Path) -> Tensor:
+def _read(path: Path, pipeline: TextToVideo, plan: Plan, window: int) -> Tensor:
+    """A window's new latents (1 c f h w)."""
     try:
-        return load_file(path)["latents"]
+        latents = load_file(path)["latents"]
     except (OSError, KeyError, SafetensorError) as error:
-        raise ValueError(f"{path}: damaged ({error}); remove it, and it is made anew") from None
+        raise _damaged(path, error) from None
+    frames = plan.first if window == 0 else plan.length - plan.given
+    if latents.ndim != 5 or latents.shape[:3] != (1, pipeline.vae.latent_channels, frames):
+        raise _damaged(path, f"its shape is {tuple(latents.shape)}")
+    if latents.dtype != torch.float32 or not latents.isfinite().all():
+        raise _damaged(path, "not all of it are finite float32 numbers")
+    return latents
+
+
+def _damaged(path: Path, what: object) -> ValueError:
+    return ValueError(f"{path}: damaged ({what}); remove it, and it is made anew")
 
 
 def _made_by(pipeline: TextToVideo) -> dict[str, Any]:
@@ -247,7 +263,10 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """
     path, wanted = folder / _CLAIM, json.loads(json.dumps(settings))
     if path.exists():
-        found = json.loads(path.read_text())
+        try:
+            found = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}: damaged; remove {folder}, and it is begun anew") from None
         for key in sorted(wanted.keys() | found.keys()):
             if wanted.get(key) != found.get(key):
                 raise ValueError(

@@ -53,14 +53,19 @@ class Schedule:
 
 def is_schedule(text: str) -> bool:
     """Whether a prompt has several parts, or a time before it."""
-    return "|" in text or _time(text) is not None
+    return "|" in text or _number(text) is not None
+
+
+def _number(part: str) -> float | None:
+    """What stands before a part's `s:`; None where that is no number."""
+    head, colon, _ = part.partition("s:")
+    try:
+        return float(head) if colon else None
+    except ValueError:
+        return None
 
 
 def _time(part: str) -> float | None:
     """The seconds at the beginning of a part; None where there are none."""
-    head, colon, _ = part.partition("s:")
-    try:
-        time = float(head)
-    except ValueError:
-        return None
-    return time if colon and isfinite(time) and time >= 0 else None
+    number = _number(part)
+    return number if number is not None and isfinite(number) and number >= 0 else None

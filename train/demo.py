@@ -83,7 +83,7 @@ SIZES = {
             Stage(
                 Path("configs/world/long-2.yaml"),
                 tuple((f"long/subjects-{seed}", "subjects", 6_000, seed) for seed in (5, 6)),
-                ("long/bounces", "long/uniform", "mixed/shapes"),
+                ("long/bounces", *(f"long/{law}" for law in LAWS), "mixed/shapes"),
             ),
         ),
         parts={"identity": 100, "extension": 24, "physics": 48, "edit": 48, "minute": 4},

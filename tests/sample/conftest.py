@@ -115,6 +115,8 @@ def write_media(folder: Path) -> None:
     for name, size in (("a", (16, 16)), ("b", (16, 16)), ("wide", (48, 16))):
         picture = Image.new("RGB", size, tuple(map(int, rng.integers(0, 255, 3))))
         picture.save(folder / f"{name}.png")
+    pictures = [Image.new("RGB", (16, 16), (60 * k, 0, 0)) for k in range(3)]
+    pictures[0].save(folder / "moves.webp", save_all=True, append_images=pictures[1:])
     (folder / "text.mp4").write_text("no video")
     mask = np.zeros((14, 16, 16, 3), np.uint8)
     mask[:, :, 8:] = 255

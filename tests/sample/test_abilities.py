@@ -76,6 +76,11 @@ def test_each_ability(zoetrope, tasks_folder, flags, length, frames_of):
     assert not np.array_equal(made[0], made[2])
 
 
+def test_a_name_with_a_colon(zoetrope, folder):
+    """Which ffmpeg would take for a protocol."""
+    assert zoetrope(folder, "-o", "12:30.mp4")[:2] == (0, "12:30.mp4\n")
+
+
 def test_what_is_given_is_in_the_file(zoetrope, tasks_folder, frames_of):
     """Its own frames, but for what H.264 does to them."""
     long, other = frames_of("long.mp4").astype(int), frames_of("other.mp4").astype(int)
@@ -113,6 +118,7 @@ def test_one_frame_is_a_picture(zoetrope, tasks_folder):
         ("--edit long.mp4", "the VAE takes 4*k+1 frames, so the last 1 of 14 are left out"),
         ("--edit long.mp4 --size 24", "24x24 = 576 pixels (trained on 256 to 256)"),
         ("--extend wide.mp4", "--extend wide.mp4 is 16x48, of another aspect than 16x16: 67%"),
+        ("--image moves.webp", "moves.webp has 3 pictures; the first is used"),
         ("--extend wide.mp4", "wide.mp4 has 16 frames a second, and the model's clips have 8"),
         ("--minutes 0.02 --noise-level 0.3", "given frames carried 0.1 at most"),
     ],
@@ -156,10 +162,15 @@ def test_what_is_done_all_the_same_is_said(zoetrope, tasks_folder, flags, said):
         ("--image a.png --keyframe 0:b.png", "two pictures are given for frame 0"),
         ("--image a.png --last b.png --frames 1", "two pictures are given for frame 0"),
         ("--edit long.mp4 --mask wide.png", "--mask wide.png is 16x48, and long.mp4 is 16x16"),
-        ("--edit long.mp4 -o long.mp4", "-o long.mp4: is one of the files that are given"),
-        ("--image a.png --sheet a.png", "-o a.png: is one of the files that are given"),
-        ("--keyframe 0:a.png --frames 1 -o a.png", "-o a.png: is one of the files that are given"),
-        ("--image a.png --frames 1 -o a.png", "-o a.png: is one of the files that are given"),
+        ("--edit long.mp4 -o long.mp4", "long.mp4 is one of the files that are given"),
+        ("--image a.png --sheet a.png", "a.png is one of the files that are given"),
+        ("--frames 1 -o c.png --sheet c.png", "--sheet c.png: is what -o writes too"),
+        ("--frames 1 -o " + "n" * 230 + ".png", "the name has more than 220 bytes"),
+        ("--image .", "--image .: is no file"),
+        ("--keyframe -0.01:a.png", "--keyframe -0.01:a.png: the clip's frames are at 0 to 1"),
+        ("--edit moves.webp", "--edit moves.webp: an animated picture of 3 frames; make a video"),
+        ("--keyframe 0:a.png --frames 1 -o a.png", "a.png is one of the files that are given"),
+        ("--image a.png --frames 1 -o a.png", "a.png is one of the files that are given"),
         ("--minutes 1 --last b.png", "--last does not go with --minutes"),
         ("--minutes 1 --given 2", "given=2 of windows of 2 latent frames; use 1 to 1"),
         ("--minutes 1 --noise-level 1", "noise level 1 of given frames"),

@@ -95,15 +95,47 @@ def test_it_is_what_the_command_writes(zoetrope, tasks_folder, frames_of):
         (("loop", "backward"), "backward goes with extend, and not with loop"),
         (("extend", "backward", "both"), "backward and both: use one of them"),
         (("extend", "seconds"), "seconds=-1; use a number above 0"),
+        (("strength",), "strength goes with edit, and not with text"),
+        (("edit", "seconds"), "seconds goes with extend, and not with edit"),
+        (("extend", "noise_level"), "noise_level goes with minutes, and not with extend"),
+        (("extend", "seeds"), "seeds is for TextToVideo itself"),
+        (("edit", "mask"), "the mask is of torch.uint8; expected torch.bool"),
+        (("connect",), "connect: got 1 videos; give two"),
     ],
 )
 def test_what_does_not_go_together(pipeline, videos, size, names, message):
     given = {"extend": videos[0], "edit": videos[0][:, :9], "image": videos[0][:, 0]}
     given |= {"loop": True, "minutes": 0.05, "keyframes": {4: videos[0][:, 0]}, "frames": 9}
-    given |= {"mask": torch.ones(9, 16, 24, dtype=torch.bool), "given_latents": 1, "seconds": -1}
+    given |= {"strength": 0.3, "noise_level": 7.0, "seeds": [1], "connect": (videos[0],)}
+    given |= {"mask": torch.ones(9, 16, 24, dtype=torch.uint8), "given_latents": 1, "seconds": -1}
     given |= {"backward": True, "both": True}
     with pytest.raises(ValueError, match=message):
         generate(pipeline, "x", **{name: given[name] for name in names}, **size)
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        (torch.zeros(1, 3, 9, 16, 24), r"Tensor of shape \(1, 3, 9, 16, 24\); expected a tensor"),
+        (np.zeros((3, 9, 16, 24)), r"extend: got ndarray of shape \(3, 9, 16, 24\); expected"),
+        (torch.zeros(3, 9, 16, 16), "width=24, and the video to extend has 16; scale it before"),
+    ],
+)
+def test_what_is_no_video_of_the_size(pipeline, size, video, message):
+    with pytest.raises(ValueError, match=message):
+        generate(pipeline, "x", extend=video, **size)
+    with pytest.raises(
+        ValueError, match=r"connect: videos of 16x16 and 16x24; give two of one size"
+    ):
+        generate(pipeline, "x", connect=(torch.zeros(3, 9, 16, 16), torch.zeros(3, 9, 16, 24)))
+
+
+def test_doubles_are_as_floats(pipeline, videos, size):
+    made = [
+        generate(pipeline, "x", extend=video, **QUICK, **size)
+        for video in (videos[0], videos[0].double())
+    ]
+    assert torch.equal(made[0], made[1])
 
 
 def test_two_pictures_for_one_frame(pipeline, videos, size):

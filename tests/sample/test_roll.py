@@ -6,9 +6,11 @@ import signal
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from data.video import to_uint8
+from sample import roll as roll_module
 from sample.roll import Plan, decoded, plan_windows, roll
 from sample.schedule import Schedule
 from train.cli import main
@@ -139,6 +141,7 @@ def test_a_schedule_through_the_command(zoetrope, tasks_folder, frames_of):
             "0s: a | 2.8s: b",
             "no window begins while 'b' holds, from 2.8s; the last one before that",
         ),
+        ("1e400s: a", "got '1e400s: a'"),
         ("0s: a | 1.2s: b | 1.4s: c", "no window begins while 'b' holds, from 1.2s"),
     ):
         code, _, errors = zoetrope(tasks_folder, "--minutes", "0.05", prompt=prompt)
@@ -183,3 +186,42 @@ def test_other_files_stay(zoetrope, tasks_folder, tmp_path):
     (folder / ".roll.json.7.partial").write_text("{")  # of a run that was killed just then
     assert zoetrope(tasks_folder, "--minutes", "0.05")[0] == 0
     assert [path.name for path in folder.iterdir()] == [".roll.json.7.partial"]
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (torch.full((1, 4, 1, 4, 4), torch.nan), "finite float32"),
+        (torch.zeros(1, 4, 1, 4, 4, dtype=torch.int32), "finite float32"),
+        (torch.zeros(1, 4, 2, 4, 4), r"its shape is \(1, 4, 2, 4, 4\)"),
+        (torch.zeros(1, 4, 1, 2, 2), "latents of 2x2"),
+    ],
+)
+def test_windows_that_cannot_be_are_named(pipeline, tmp_path, latents, message):
+    plan, schedule = plan_windows(pipeline, 17), Schedule.parse("x")
+    for done in roll(pipeline, schedule, plan, tmp_path, steps=1):
+        if done == 2:
+            break
+    save_file({"latents": latents}, tmp_path / "window-00001.safetensors")
+    with pytest.raises(ValueError, match=f"window-00001.safetensors: damaged .*{message}"):
+        list(roll(pipeline, schedule, plan, tmp_path, steps=1))
+    for text in ("", "[1]", "{"):
+        (tmp_path / "roll.json").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"roll.json: damaged; remove .*, and it is begun anew"
+        ):
+            list(roll(pipeline, schedule, plan, tmp_path, steps=1))
+
+
+def test_a_full_disk_takes_one_line(pipeline, tmp_path, monkeypatch):
+    def fail(tensors, path):
+        raise SafetensorError("I/O error: No space left")
+
+    monkeypatch.setattr(roll_module, "save_file", fail)
+    with pytest.raises(OSError, match=r"window-00000.safetensors: cannot be written \(I/O"):
+        list(roll(pipeline, Schedule.parse("x"), plan_windows(pipeline, 9), tmp_path, steps=1))
+
+
+def test_a_schedule_for_a_single_window(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="no window begins while 'b' holds"):
+        next(roll(pipeline, Schedule.parse("0s: a | 0.5s: b"), plan_windows(pipeline, 9), tmp_path))
