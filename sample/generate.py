@@ -101,11 +101,10 @@ def generate(
     for name in ("seeds", "output", "given", "noise"):
         if options.pop(name, None) is not None:
             raise ValueError(f"{name} is for TextToVideo itself, which makes batches; leave it out")
-    pair = connect or (None, None)
-    if len(pair) != 2:
-        raise ValueError(f"connect: got {len(pair)} videos; give two")
+    if connect is not None and len(connect) != 2:
+        raise ValueError(f"connect: got {len(connect)} videos; give two")
     extend, edit = _checked("extend", extend, options), _checked("edit", edit, options)
-    connect = _checked("connect", pair[0], options), _checked("connect", pair[1], options)
+    first, second = (_checked("connect", video, options) for video in connect or (None, None))
     if edit is not None:
         strength = 0.6 if strength is None else strength
         return edited(pipeline, prompt, edit, strength, mask, seeds=[seed], **options)
@@ -117,7 +116,6 @@ def generate(
     if minutes is not None:
         level = NOISE_LEVEL if noise_level is None else noise_level
         return _minutes(pipeline, prompt, minutes, level, given_latents, seed, options)
-    first, second = connect
     if first is None and not loop:
         return pipeline([prompt], seeds=[seed], **options)[0]
     frames = options.get("frames") or pipeline.info.num_frames

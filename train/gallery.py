@@ -72,13 +72,16 @@ def line(example: Example, folder: Path, page: Path) -> str:
     return f"| {given} | **{example.title}**<br>{prompt}{flags} | {shown(folder / example.name)} |"
 
 
-def main(name: str = "world", page: str = "docs/gallery.md") -> None:
+def main(name: str = "world", page: str | None = None) -> None:
     """Writes the page of a demo of that size.
 
+    Args:
+        page: where; by default docs/gallery.md, or for the tiny demo a file in its own folder.
     Raises:
         SystemExit: that demo has not been made.
     """
-    size, target = SIZES[name], Path(page)
+    size = SIZES[name]
+    target = Path(page or (size.shown / "gallery.md" if name == "tiny" else "docs/gallery.md"))
     model, folder = size.shown / "model", size.shown / "abilities"
     if not (model / "model.yaml").is_file():
         raise SystemExit(f"gallery: {model} is not there; run {command(name)} first")
