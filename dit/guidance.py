@@ -58,9 +58,7 @@ class GuidanceConfig(BaseModel):
     rescale: Share = 0.0  # share of the rescaled result in the mixture; Lin et al. use 0.7
     interval: tuple[Share, Share] = (0.0, 1.0)  # noise levels t, lowest and highest, with guidance
     sequential: bool = False  # one text after the other: half the memory, the same result
-    references: NonNegativeFloat | None = (
-        None  # scale of pictures of subjects; None, 1: no guidance
-    )
+    references: NonNegativeFloat | None = None  # scale of pictures of subjects; None, 1 for none
     zero_steps: NonNegativeInt | None = None  # cfg_zero: noise levels without movement (default 1)
     momentum: Annotated[float, Field(gt=-1, lt=1)] | None = None  # apg: of the guidance (-0.5)
     parallel: Share | None = None  # apg: share of the parallel part that stays, the paper's eta (0)

@@ -125,6 +125,19 @@ def write_media(folder: Path) -> None:
     Image.fromarray(0 * mask[0]).save(folder / "black.png")
 
 
+@pytest.fixture(scope="session")
+def smooth_videos():
+    """What makes two videos (3 14 height width) of slow changes."""
+
+    def make(height, width):
+        generator = torch.Generator().manual_seed(3)
+        low = torch.rand(2, 3, 4, 4, 4, generator=generator)
+        size = (14, height, width)
+        return list(torch.nn.functional.interpolate(low, size, mode="trilinear") * 1.4 - 0.7)
+
+    return make
+
+
 @pytest.fixture
 def frames_of():
     """What gives all frames of a video, uint8 (f h w 3)."""

@@ -20,10 +20,8 @@ def pipeline(pipeline_of_tasks):
 
 
 @pytest.fixture(scope="module")
-def videos():
-    generator = torch.Generator().manual_seed(3)
-    low = torch.rand(2, 3, 4, 4, 4, generator=generator)
-    return list(torch.nn.functional.interpolate(low, (14, 16, 24), mode="trilinear") * 1.4 - 0.7)
+def videos(smooth_videos):
+    return smooth_videos(16, 24)
 
 
 @pytest.fixture
