@@ -149,7 +149,7 @@ def given_pictures(
         pictures: by frame, (3 h w) or one per clip (b 3 h w), in [-1, 1].
         frames, height, width: of the clips, of which there are `count`.
     Raises:
-        ValueError: a picture of another size, or at a frame that the clips have not.
+        ValueError: a picture of another size, or none, or at a frame that the clips have not.
     """
     result = Given()
     for frame, picture in pictures.items():
@@ -204,6 +204,11 @@ def require_references(info: ModelInfo, count: int) -> None:
 
 def _encoded(vae: VAE, picture: Tensor, height: int, width: int, count: int) -> Tensor:
     """Latents (b c 1 h w) of a picture (3 h w) or one per clip (b 3 h w)."""
+    if not isinstance(picture, Tensor):
+        raise ValueError(
+            f"a given picture is {type(picture).__name__}; expected a tensor (3 {height} {width}) in "
+            "[-1, 1], as data.video.to_float makes of uint8"
+        )
     images = picture[None] if picture.ndim == 3 else picture
     if images.shape[1:] != (3, height, width) or len(images) not in (1, count):
         raise ValueError(

@@ -16,16 +16,19 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str, seconds: float | None = None) -> Schedule:
-        """From `0s: a red circle | 20s: a blue square`, or one prompt.
+        """From `0s: a red circle | 20s: a blue square`, each also on a line of its own; or one prompt.
 
         Args:
             seconds: that the video lasts.
         Raises:
             ValueError: times do not rise from 0, or one is not in the video, or a prompt is empty.
         """
-        parts = [part.strip() for part in text.split("|")]
         if not is_schedule(text):
             return cls((0.0,), (text.strip(),))
+        lines = [line for line in text.splitlines() if line.strip()]
+        if all(_number(line) is not None for line in lines):  # a prompt may have lines too
+            text = "|".join(lines)
+        parts = [part.strip() for part in text.split("|")]
         starts, prompts = [], []
         for part in parts:
             time, prompt = _time(part), part.partition("s:")[2].strip()

@@ -210,6 +210,8 @@ def test_an_image_of_another_size(image_folder):
         ValueError, match=r"a given picture has shape \(3, 8, 8\); expected \(3 16 16\)"
     ):
         pipeline(["x"], image=torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match=r"is ndarray; expected a tensor \(3 16 16\) in \[-1, 1\]"):
+        pipeline(["x"], image=torch.zeros(3, 16, 16).numpy())
 
 
 def test_no_prompts_and_no_dit(pipeline, model):

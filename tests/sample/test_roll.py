@@ -26,6 +26,9 @@ def test_schedules():
     at = [schedule.at(time) for time in (0, 2.4, 2.5, 9, 100)]
     assert at == ["a red circle"] * 2 + ["a blue square"] * 2 + ["x"]
     assert Schedule.parse("just one: a prompt").prompts == ("just one: a prompt",)
+    lines = Schedule.parse("0s: a red circle\n2.5s: a blue square\n\n10s: x\n")
+    assert lines == schedule
+    assert Schedule.parse("0s: a\nb | 2s: c").prompts == ("a\nb", "c")
     for text in (
         *("1s: a", "0s: a | 0s: b", "0s: a | b", "0s: a | 2s:", "0s: a | xs: b"),
         *("0s: a | nans: b", "0s: a | infs: b", "a | b", "0s: a | -1s: b"),
