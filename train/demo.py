@@ -18,6 +18,7 @@ from pathlib import Path
 from train.demo_abilities import pages, sample_examples
 
 LAWS = ("uniform", "collision", "parabola")
+UNGUIDED = ("extension", "physics")  # what is given says how it goes on; docs/given.md, "Guidance"
 PROMPT_SEED = 2_000  # of the scenes shown on the page; scores use eval's own seed
 
 
@@ -63,7 +64,7 @@ WORLD = Size(
     mixed={"shapes": 10_000, "bounces": 3_000, **dict.fromkeys(LAWS, 500), "subjects": 1_500},
     held_out=256,
     prompts=300,
-    minutes=(1.3, 3, 14, 7, 0, 0.4, 2, 1.5, 0, 0.1),
+    minutes=(1.3, 3, 14, 8, 0, 0.4, 2, 1.5, 0, 0.1),
 )
 SIZES = {
     "world": WORLD,
@@ -87,7 +88,7 @@ SIZES = {
             ),
         ),
         parts={"identity": 100, "extension": 24, "physics": 48, "edit": 48, "minute": 4},
-        minutes=(2.3, 3, 14, 7, 50, 0.4, 2, 1.5, 15, 0.1),
+        minutes=(2.3, 3, 14, 8, 85, 0.4, 2, 1.5, 15, 0.1),
     ),
     "tiny": Size(
         out=Path("runs/demo-tiny"),
@@ -107,7 +108,7 @@ SIZES = {
                 ("mixed/shapes",),
             ),
         ),
-        parts={"identity": 4},
+        parts={"identity": 4, "physics": 2},
         long_minutes=0.05,
     ),
 }
@@ -221,7 +222,8 @@ def score(size: Size) -> None:
 def score_parts(size: Size) -> None:
     """More tables: what the model makes of what it is given."""
     for part, num in size.parts.items():
-        _score(size, part, {"--part": part, "--num": num})
+        guidance = {"--guidance": 1} if part in UNGUIDED else {}
+        _score(size, part, {"--part": part, "--num": num, **guidance})
 
 
 def _score(size: Size, name: str, options: dict[str, object]) -> None:
