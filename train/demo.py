@@ -64,7 +64,7 @@ WORLD = Size(
     mixed={"shapes": 10_000, "bounces": 3_000, **dict.fromkeys(LAWS, 500), "subjects": 1_500},
     held_out=256,
     prompts=300,
-    minutes=(1.3, 3, 14, 8, 0, 0.4, 2, 1.5, 0, 0.1),
+    minutes=(1.3, 3, 14, 7, 0, 0.4, 2, 1.5, 0, 0.1),
 )
 SIZES = {
     "world": WORLD,
@@ -88,7 +88,7 @@ SIZES = {
             ),
         ),
         parts={"identity": 100, "extension": 24, "physics": 48, "edit": 48, "minute": 4},
-        minutes=(2.3, 3, 14, 8, 85, 0.4, 2, 1.5, 15, 0.1),
+        minutes=(2.3, 3, 14, 7, 85, 0.4, 2, 1.5, 15, 0.1),
     ),
     "tiny": Size(
         out=Path("runs/demo-tiny"),
