@@ -25,10 +25,10 @@ class Schedule:
         """
         if not is_schedule(text):
             return cls((0.0,), (text.strip(),))
-        lines = [line for line in text.splitlines() if line.strip()]
-        if all(_number(line) is not None for line in lines):  # a prompt may have lines too
-            text = "|".join(lines)
         parts = [part.strip() for part in text.split("|")]
+        lines = [line for line in text.splitlines() if line.strip()]
+        if len(parts) == 1 and all(_number(line) is not None for line in lines):
+            parts = lines
         starts, prompts = [], []
         for part in parts:
             time, prompt = _time(part), part.partition("s:")[2].strip()

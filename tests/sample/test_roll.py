@@ -29,6 +29,7 @@ def test_schedules():
     lines = Schedule.parse("0s: a red circle\n2.5s: a blue square\n\n10s: x\n")
     assert lines == schedule
     assert Schedule.parse("0s: a\nb | 2s: c").prompts == ("a\nb", "c")
+    assert Schedule.parse("0s: a |\n  2s: b").prompts == ("a", "b")
     for text in (
         *("1s: a", "0s: a | 0s: b", "0s: a | b", "0s: a | 2s:", "0s: a | xs: b"),
         *("0s: a | nans: b", "0s: a | infs: b", "a | b", "0s: a | -1s: b"),
