@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.files import locked
 from sample.media import read_mask, read_video
 from sample.options import outside_trained
 from sample.schedule import Schedule, is_schedule
@@ -248,6 +249,8 @@ class Rolling:
                 **options,
             )
             hidden = not ranks.is_main
-            for done in tqdm(windows, total=plan.num_windows, desc="windows", disable=hidden):
-                roll.write_preview(pipeline, folder, done - 1)
-            roll.write_rolled(path, pipeline, plan, folder, num_frames)
+            busy = f"{path}: another process is making it; wait for it, or choose another name"
+            with locked(folder.with_name(f".{folder.name}.lock"), busy):
+                for done in tqdm(windows, total=plan.num_windows, desc="windows", disable=hidden):
+                    roll.write_preview(pipeline, folder, done - 1)
+                roll.write_rolled(path, pipeline, plan, folder, num_frames)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import logging
 import os
 import subprocess
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
+from data.files import lock
 from data.manifest import read_manifest
 from data.randomness import stream_seed
 from sample.lora import lora_step
@@ -32,8 +31,6 @@ from train.recipe import Recipe, TrainData
 from train.recipe_dit import DiTRecipe
 from train.recipe_vae import VAERecipe
 from train.sizes import left_out
-
-_log = logging.getLogger(__name__)
 
 
 def open_data(config: RunConfig) -> TrainData:
@@ -94,7 +91,7 @@ def locked_folder(config: RunConfig, ranks: Ranks) -> Iterator[None]:
         try:
             config.out.mkdir(parents=True, exist_ok=True)
             file = (config.out / ".lock").open("a")
-            if not _lock(file):
+            if not lock(file):
                 error = ValueError(
                     f"{config.out}: another process is training into this folder; wait for it or "
                     "choose another out"
@@ -107,26 +104,6 @@ def locked_folder(config: RunConfig, ranks: Ranks) -> Iterator[None]:
     finally:
         if file is not None:
             file.close()
-
-
-def _lock(file: IO[str]) -> bool:
-    """Whether the file is this process's now; always, where there is no fcntl (Windows).
-
-    lockf, not flock: data loading workers would inherit an flock, and hold it for some seconds
-    after the training process was killed.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            _log.warning("%s cannot be locked (%s); no other run may use it", file.name, error)
-            return True
-        return False
-    return True
 
 
 def hash_frozen(recipe: Recipe) -> dict[str, str]:

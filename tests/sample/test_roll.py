@@ -1,7 +1,11 @@
 """A video in windows: `zoetrope sample --minutes`."""
 
+import gc
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +59,29 @@ def test_windows_are_decoded_as_one_clip(pipeline, tmp_path):
         whole = to_uint8(pipeline.vae.decode(latents)[0].clamp(-1, 1)).permute(1, 2, 3, 0).numpy()
     assert frames.shape == (22, 16, 16, 3)
     assert np.abs(frames.astype(int) - whole[:22]).max() <= 1
+
+
+def held_bytes():
+    """Of all tensors that something refers to."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def test_memory_does_not_grow_with_length(pipeline, tmp_path):
+    plan = Plan(first=3, length=2, given=1, num_windows=12)
+    schedule = Schedule.parse("a circle")
+    made = [held_bytes() for _ in roll(pipeline, schedule, plan, tmp_path / "windows", steps=1)]
+    assert len(made) == 12
+    assert set(made[2:]) == {made[2]}
+    frames = 1 + (plan.first + 11 - 1) * pipeline.vae.temporal_factor
+    shown, held = 0, []
+    for part in decoded(pipeline, plan, tmp_path / "windows", frames):
+        shown += len(part)
+        held.append(held_bytes())
+    assert shown == frames
+    assert set(held[2:]) == {held[2]}
 
 
 def test_each_window_begins_with_the_end_of_the_one_before(pipeline, tmp_path):
@@ -119,6 +146,28 @@ def test_killed_in_the_middle_it_goes_on(zoetrope, tasks_folder, monkeypatch, fr
     assert zoetrope(tasks_folder, *flags)[0] == 0
     assert np.array_equal(frames_of("out.mp4"), frames_of("whole.mp4"))
     assert not os.path.exists("out.windows")
+    assert not os.path.exists(".out.windows.lock")
+
+
+def test_two_processes_do_not_make_one_video(zoetrope, tasks_folder):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom data.files import locked\n"
+        "with locked(Path('.out.windows.lock'), 'busy'): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        status, _, errors = zoetrope(tasks_folder, "--minutes", "0.02")
+        other.communicate()
+    assert status != 0
+    assert "out.mp4: another process is making it; wait for it, or choose another" in errors
+    assert not os.path.exists("out.windows")
+    assert zoetrope(tasks_folder, "--minutes", "0.02")[0] == 0
+    assert not os.path.exists(".out.windows.lock")
 
 
 def test_each_window_has_the_prompt_of_its_time(pipeline, tmp_path, monkeypatch):
