@@ -16,7 +16,7 @@ import numpy as np
 
 from data.randomness import stream_seed
 from data.video import to_float, to_uint8
-from data.world import LEVELS, Scene, split_motions
+from data.world import BACKGROUNDS, COLOURS, LEVELS, Scene, split_motions
 from data.world_motion import SPEED, max_duration
 from eval.metrics import Estimate, mean_estimate, proportion
 from eval.motion import mean_velocity
@@ -331,17 +331,26 @@ def score_extension(
         level = LEVELS[1]
         chance[f"{case.name}: colour_kept"] = 1 / len(level.colours)
         chance[f"{case.name}: shape_kept"] = 1 / len(level.shapes)
+        for what, names in (("object", level.colours), ("background", level.backgrounds)):
+            palette = COLOURS if what == "object" else BACKGROUNDS
+            chance[f"{case.name}: {what}_jump"] = _guessed_jump([palette[name] for name in names])
     return part_results(
         pipeline,
         settings,
         "extension",
         scores,
         chance=chance,
-        chance_is="it stays (names: a guess)",
+        chance_is="it stays (names and colours: a guess)",
         num_is="scenes of each kind",
         notes=_notes(cases),
         cases={case.name: _facts(case) for case in cases},
     )
+
+
+def _guessed_jump(palette: Sequence[tuple[int, int, int]]) -> float:
+    """The mean jump from one of these colours to any of them."""
+    colours = np.array(palette, float)
+    return float(np.abs(colours[:, None] - colours).mean())
 
 
 def _facts(case: Case) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data.video import to_float
+from data.world import BACKGROUNDS, LEVELS
 from data.world_render import render
 from eval.tables import as_text, score_table
 from eval.world_clips import draw_scenes, prompt_of
@@ -164,7 +165,12 @@ def test_a_model_that_knows_what_comes_and_one_that_stands_still(extender, knowi
                 guess += {"jump": guess, "position_error": speed}.get(what, 0)
             assert still[name]["value"] == pytest.approx(guess, rel=0.25, abs=0.3), name
             assert guess > 2 * made[name]["value"], name
+        if what in ("object_jump", "background_jump"):
+            assert guess > 2 * made[name]["value"], name
     assert chance["connection: colour_kept"] == pytest.approx(1 / 6)
+    shades = [BACKGROUNDS[name] for name in LEVELS[1].backgrounds]
+    expected = np.mean([[abs(x - y) for x, y in zip(a, b)] for a in shades for b in shades])
+    assert chance["loop: background_jump"] == pytest.approx(expected)
     text = as_text(score_table(results))
     assert "world suite, extension: 3 scenes of each kind, seed 5" in text
     assert "forwards, straight: change of velocity, px/frame" in text
