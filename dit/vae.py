@@ -165,7 +165,8 @@ class Decoder(nn.Module):
 
 @dataclass(frozen=True)
 class Posterior:
-    """A diagonal normal over normalised latents; mean and std are (b c f h w)."""
+    """A diagonal normal over latents, normalised unless it says otherwise; mean and std are
+    (b c f h w)."""
 
     mean: Tensor
     std: Tensor
@@ -205,6 +206,8 @@ class VAE(nn.Module, ABC):
 
     latent_mean: Tensor
     latent_std: Tensor
+    # Of a trained posterior, before normalisation; the VAE's own training does not know it.
+    max_log_variance: float = math.inf
 
     @property
     @abstractmethod
@@ -261,11 +264,14 @@ class VAE(nn.Module, ABC):
             ValueError: the clip's size does not fit, or its pixels are no such numbers.
         """
         check_pixels(video)
-        mean, log_variance = self.moments(video, stream)
+        raw = self.raw_posterior(video, stream)
         center, scale = (s.view(-1, 1, 1, 1) for s in (self.latent_mean, self.latent_std))
-        return Posterior(
-            (mean.float() - center) / scale, (0.5 * log_variance.float()).exp() / scale
-        )
+        return Posterior((raw.mean - center) / scale, raw.std / scale)
+
+    def raw_posterior(self, video: Tensor, stream: Stream | None = None) -> Posterior:
+        """`encode`, before normalisation and without looking at the pixels."""
+        mean, log_variance = (x.float() for x in self.moments(video, stream))
+        return Posterior(mean, (0.5 * log_variance.clamp(max=self.max_log_variance)).exp())
 
     def decode(self, latents: Tensor, stream: Stream | None = None) -> Tensor:
         """Video (b 3 f h w), about [-1, 1] and not clamped, from normalised latents (b c f' h' w').
@@ -316,7 +322,14 @@ class VAE(nn.Module, ABC):
 
 
 class VideoVAE(VAE):
-    """The causal VAE of this file. Its latent statistics are stored with the weights."""
+    """The causal VAE of this file. Its latent statistics are stored with the weights.
+
+    Its posterior is never broader than the prior that the KL term compares it with. A small KL weight
+    leaves the variance free wherever training clips did not go, and we have seen one of exp(17) in a
+    corner of one clip in 16,000: one draw of that would be a step of training, or all statistics.
+    """
+
+    max_log_variance = 0.0
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()

@@ -62,6 +62,18 @@ def test_statistics_normalise_and_cancel(vae):
     torch.testing.assert_close(vae.decode(normalised.mean), decoded, atol=1e-4, rtol=1e-4)
 
 
+def test_a_posterior_is_no_broader_than_the_prior(vae):
+    """Where training clips never went, nothing holds its variance back."""
+    video = torch.rand(1, 3, 5, 8, 8) * 2 - 1
+    before = vae.encode(video)
+    with torch.no_grad():
+        vae.encoder.head.bias[vae.latent_channels :] += 17
+    assert vae.moments(video)[1].max() > 10
+    after = vae.encode(video)
+    assert torch.equal(after.mean, before.mean)
+    assert torch.equal(after.std, (1 / vae.latent_std).view(-1, 1, 1, 1).expand_as(after.std))
+
+
 def test_a_posterior_draw_has_its_mean_and_std(vae):
     posterior = vae.encode(torch.rand(1, 3, 1, 4, 4) * 2 - 1)
     noise = torch.randn(4000, *posterior.mean.shape[1:])
