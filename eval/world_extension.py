@@ -23,7 +23,6 @@ from eval.motion import mean_velocity
 from eval.tracker import track
 from eval.vae_suite import reconstruct
 from eval.world_clips import draw_scenes, part_results, prompt_of
-from eval.world_physics import given_latents
 from eval.world_scores import is_permanent, match
 from eval.world_suite import Progress, WorldSettings, real_clips, sampling_options
 
@@ -185,7 +184,7 @@ def make_cases(pipeline: TextToVideo) -> list[Case]:
     Raises:
         ValueError: they are too short to be given something and to make something on either side.
     """
-    from sample.extend import Window
+    from sample.extend import window_of
 
     info, factor, step = pipeline.info, pipeline.vae.temporal_factor, pipeline.vae.frame_step
     length = info.num_frames
@@ -195,29 +194,25 @@ def make_cases(pipeline: TextToVideo) -> list[Case]:
             f"clips of {length} frames, {latents} latent ones, are too short to be extended; use a "
             "model of longer clips"
         )
-    half, least = latents // 2, given_latents(factor)  # a velocity takes more than one frame
     cases = []
     straight = 1 + (min(2 * length - 1, _longest(pipeline)) - 1) // step * step
     for scenario, total in (("shapes", straight), ("bounces", 2 * length - 1)):
         kept = min(length, total - step)
         if kept < 1 + factor:
             continue
-        given = min(max(half, least), latents - 1, 1 + (kept - 1) // factor)
-        window = Window(given, latents - given)
+        window = window_of(pipeline, length, None, there=kept)
         what = {"scenario": scenario, "total": total, "straight": scenario == "shapes"}
         word = "straight" if scenario == "shapes" else scenario
         cases.append(
             Case(f"forwards, {word}", kept=((0, kept),), new=(kept, total), window=window, **what)
         )
-        given = min(half, latents - 2, (kept - 1) // factor)
-        window, made = Window(given, latents - given), total - kept
+        window, made = window_of(pipeline, length, None, backward=True, there=kept), total - kept
         cases.append(
             Case(f"backwards, {word}", kept=((made, total),), new=(0, made), window=window, **what)
         )
-    given = max(1, min(max(latents // 4, least), (latents - 1) // 2))
-    window = Window(given, latents - 2 * given)
-    piece = 1 + given * factor
-    made = length - 2 - (2 * given - 1) * factor
+    window = window_of(pipeline, length, None, sides=2)
+    piece = 1 + window.given * factor
+    made = length - 2 - (2 * window.given - 1) * factor
     pieces = ((0, piece), (piece + made, 2 * piece + made))
     total = 2 * piece + made
     cases.append(Case("connection", "bounces", total, pieces, (piece, piece + made), window))

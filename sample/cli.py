@@ -138,7 +138,8 @@ def sample(
         Path | None, typer.Option(help="Video or picture, white where to change.", **_GIVEN)
     ] = None,
     given: Annotated[
-        int | None, typer.Option(help="Latent frames of what is given; half a clip.", **_GIVEN)
+        int | None,
+        typer.Option(help="Latent frames of what is given; see docs/given.md.", **_GIVEN),
     ] = None,
     minutes: Annotated[
         float | None,

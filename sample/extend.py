@@ -32,20 +32,32 @@ def window_of(
     given: int | None,
     sides: int = 1,
     backward: bool = False,
+    there: int | None = None,
 ) -> Window:
     """The latent frames of a clip of `frames`: those given on each of its sides, and the new ones.
 
     Args:
-        given: on each side; None: half of the clip, but where it is the beginning two at least, since
-            the first is of one frame, in which nothing moves.
+        given: on each side; None: of a side three quarters of the clip, since how things move shows
+            better the longer they are seen, and of two sides a quarter each; two where that leaves
+            something new, since the first is of one frame, in which nothing moves.
         backward: the end is given.
+        there: frames that the video has; without `given`, no more are asked of it, if it has a few.
     Raises:
         ValueError: nothing would be new, or nothing given.
     """
-    info = pipeline.info
+    info, factor = pipeline.info, pipeline.vae.temporal_factor
     total = pipeline.latent_shape(frames, info.height, info.width)[1]
-    least = 2 if sides == 1 and not backward and total > 2 else 1
-    shown = max(least, total // (2 * sides)) if given is None else given
+    if given is not None:
+        shown = given
+    elif sides == 2:
+        shown = max(1, min(max(2, total // 4), (total - 1) // 2))
+    else:
+        # In front, the first of the new ones is of the one frame that the video itself begins with.
+        least, new = (1, 2) if backward else (2, 1)
+        shown = max(1, total - max(new, total // 4))
+        if there is not None:
+            has = (there - 1) // factor + (not backward)
+            shown = min(shown, max(least, has))
     if total <= sides:
         raise ValueError(
             f"clips of {frames} frames, {total} latent ones, are too short to be given something on "

@@ -71,7 +71,8 @@ def generate(
             and references can be given. All of it is in memory at the end; `sample.roll` writes what
             is longer to a file.
         noise_level: of what each of these windows is given.
-        given_latents: latent frames that a window is given of a video; None for half a clip.
+        given_latents: latent frames that a window is given of a video; None: see
+            `sample.extend.window_of`, and of `minutes` half a window.
         seed: the sample depends on it alone.
         options: as `TextToVideo.__call__`: image, keyframes, references, frames, height, width,
             guidance, steps and others.
@@ -171,7 +172,9 @@ def _extended(
     wanted = max(1, round(seconds * pipeline.info.fps))
     seeds = (stream_seed(seed, "extend", number) for number in count())
     for backward in sides:
-        window = extending.window_of(pipeline, frames, given_latents, backward=backward)
+        window = extending.window_of(
+            pipeline, frames, given_latents, backward=backward, there=video.shape[1]
+        )
         video = extending.lengthen(
             *(pipeline, prompt, video, window, wanted, seeds), backward=backward, **options
         )

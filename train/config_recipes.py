@@ -72,6 +72,7 @@ class VAERecipeConfig(Section):
     kind: Literal["vae"] = "vae"
     init: Path | None = None
     vae: VAEConfig | None = Field(None, validate_default=True)
+    freeze_encoder: bool = False  # the decoder alone learns, and latents stay what they are
     l1_weight: NonNegativeFloat = 1.0
     charbonnier_epsilon: NonNegativeFloat = 0.0  # of the L1 term: sqrt(x^2 + epsilon^2)
     l2_weight: NonNegativeFloat = 0.0
@@ -83,6 +84,14 @@ class VAERecipeConfig(Section):
     num_statistics_clips: PositiveInt = 256  # training clips that latent mean and std come from
 
     _vae_once = field_validator("vae")(given_once)
+
+    @model_validator(mode="after")
+    def _frozen_is_trained(self) -> VAERecipeConfig:
+        if self.freeze_encoder and self.init is None:
+            raise ValueError(
+                "freeze_encoder=true is for a VAE that has been trained; set recipe.init too"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_something_to_learn(self) -> VAERecipeConfig:

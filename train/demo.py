@@ -19,6 +19,7 @@ from train.demo_abilities import pages, sample_examples
 
 LAWS = ("uniform", "collision", "parabola")
 UNGUIDED = ("extension", "physics")  # what is given says how it goes on; docs/given.md, "Guidance"
+SHORT = 9  # frames of a clip
 PROMPT_SEED = 2_000  # of the scenes shown on the page; scores use eval's own seed
 
 
@@ -26,13 +27,14 @@ PROMPT_SEED = 2_000  # of the scenes shown on the page; scores use eval's own se
 class Stage:
     """A training that goes on for longer.
 
-    clips: that are rendered for it: folder of the world, scenario, how many, and seed. others: folders
-    of the world that it has too.
+    clips: that are rendered for it: folder of the world, scenario, how many, and seed. frames: of each.
+    others: folders of the world that it has too.
     """
 
     config: Path
     clips: tuple[tuple[str, str, int, int], ...]
-    others: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    frames: int = SHORT
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Size:
     out: Path  # of the world and the trainings
     shown: Path  # of the model, and of what it makes
     vae: Path
+    decoder: Path
     dit: Path
     tasks: Path
     clips: int  # of plain shapes, for the VAE and the texts
@@ -58,13 +61,14 @@ WORLD = Size(
     out=Path("runs/demo"),
     shown=Path("runs/demo"),
     vae=Path("configs/world/vae.yaml"),
+    decoder=Path("configs/world/decoder.yaml"),
     dit=Path("configs/world/dit.yaml"),
     tasks=Path("configs/world/tasks.yaml"),
     clips=20_000,
     mixed={"shapes": 10_000, "bounces": 3_000, **dict.fromkeys(LAWS, 500), "subjects": 1_500},
     held_out=256,
     prompts=300,
-    minutes=(1.3, 3, 14, 7, 0, 0.4, 2, 1.5, 0, 0.1),
+    minutes=(1.3, 6, 14, 7, 0, 0.4, 2, 1.5, 0, 0.1),
 )
 SIZES = {
     "world": WORLD,
@@ -83,17 +87,23 @@ SIZES = {
             ),
             Stage(
                 Path("configs/world/long-2.yaml"),
-                tuple((f"long/subjects-{seed}", "subjects", 6_000, seed) for seed in (5, 6)),
-                ("long/bounces", *(f"long/{law}" for law in LAWS), "mixed/shapes"),
+                (
+                    ("longer/shapes", "shapes", 16_000, 1),
+                    ("longer/subjects", "subjects", 12_000, 5),
+                    ("longer/bounces", "bounces", 5_000, 5),
+                    *((f"longer/{law}", law, 2_000, 5) for law in LAWS),
+                ),
+                frames=17,
             ),
         ),
-        parts={"identity": 100, "extension": 24, "physics": 48, "edit": 48, "minute": 4},
-        minutes=(2.3, 3, 14, 7, 85, 0.4, 2, 1.5, 15, 0.1),
+        parts={"identity": 100, "extension": 48, "physics": 48, "edit": 48, "minute": 4},
+        minutes=(5, 6, 14, 7, 75, 0.4, 3, 2, 20, 0.1),
     ),
     "tiny": Size(
         out=Path("runs/demo-tiny"),
         shown=Path("runs/demo-tiny"),
         vae=Path("configs/world/tiny-vae.yaml"),
+        decoder=Path("configs/world/tiny-decoder.yaml"),
         dit=Path("configs/world/tiny-dit.yaml"),
         tasks=Path("configs/world/tiny-tasks.yaml"),
         clips=128,
@@ -104,8 +114,8 @@ SIZES = {
         longer=(
             Stage(
                 Path("configs/world/tiny-long.yaml"),
-                (("long/subjects", "subjects", 32, 4),),
-                ("mixed/shapes",),
+                (("long/shapes", "shapes", 32, 1), ("long/subjects", "subjects", 32, 4)),
+                frames=17,
             ),
         ),
         parts={"identity": 4, "physics": 2},
@@ -152,17 +162,23 @@ def render(size: Size) -> None:
     """Clips for VAE and texts, others of several scenarios for all tasks, and held-out ones."""
     _render(size, "train", "shapes", size.clips, "train", 1)
     mixed = [
-        # With the seed above, so that these have no captions of plain shapes that those have not.
+        # With the seed above, so that these have no captions of plain shapes that those have not;
+        # nor have the longer ones.
         _render(size, f"mixed/{scenario}", scenario, clips, "train", 1)
         for scenario, clips in size.mixed.items()
     ]
-    held_out = [
-        _render(size, "held-out", "shapes", size.held_out, "held-out", 2),
-        _render(size, "held-out-subjects", "subjects", size.held_out // 2, "held-out", 2),
-    ]
-    joined = {"mixed": mixed, "held-out-mixed": held_out}
+    joined = {"mixed": mixed}
+    for frames in {SHORT, *(stage.frames for stage in size.longer)}:
+        length = "" if frames == SHORT else f"-{frames}"
+        joined[f"held-out-mixed{length}"] = [
+            _render(size, f"held-out{length}", "shapes", size.held_out, "held-out", 2, frames),
+            _render(
+                *(size, f"held-out-subjects{length}", "subjects"),
+                *(size.held_out // 2, "held-out", 2, frames),
+            ),
+        ]
     for stage in size.longer:
-        new = [_render(size, *clips[:3], "train", clips[3]) for clips in stage.clips]
+        new = [_render(size, *clips[:3], "train", clips[3], stage.frames) for clips in stage.clips]
         old = [size.out / "world" / folder / "manifest.jsonl" for folder in stage.others]
         joined[stage.config.stem] = new + old
     for name, manifests in joined.items():
@@ -170,9 +186,18 @@ def render(size: Size) -> None:
         run_here("zoetrope", "data", "join", path, *map(str, manifests), "--overwrite")
 
 
-def _render(size: Size, folder: str, scenario: str, clips: int, split: str, seed: int) -> Path:
+def _render(
+    size: Size,
+    folder: str,
+    scenario: str,
+    clips: int,
+    split: str,
+    seed: int,
+    frames: int = SHORT,
+) -> Path:
     """The manifest of so many clips, in a folder of the world's."""
     options = {"--clips": clips, "--seed": seed, "--split": split, "--scenario": scenario}
+    options["--frames"] = frames
     flat = [str(x) for pair in options.items() for x in pair]
     run_here("zoetrope", "data", "world", str(size.out / "world" / folder), *flat)
     return size.out / "world" / folder / "manifest.jsonl"
@@ -180,6 +205,12 @@ def _render(size: Size, folder: str, scenario: str, clips: int, split: str, seed
 
 def torchrun(config: Path) -> None:
     run("torchrun", "--standalone", "--nproc-per-node", "1", "-m", "train", str(config))
+
+
+def train_vae(size: Size) -> None:
+    """All of it, and then its decoder alone, in which minutes are best spent once latents are good."""
+    torchrun(size.vae)
+    torchrun(size.decoder)
 
 
 def write_prompts(size: Size) -> Path:
@@ -255,7 +286,12 @@ def report(size: Size) -> None:
     ]
     scored = ("held-out", "combinations", *size.parts)
     results = [json.loads((out / f"scores-{name}.json").read_text()) for name in scored]
-    logs = {"VAE": "vae", "DiT, text to video": "dit", "DiT, all tasks": "tasks"}
+    logs = {
+        "VAE": "vae",
+        "VAE, its decoder": "decoder",
+        "DiT, text to video": "dit",
+        "DiT, all tasks": "tasks",
+    }
     for stage in size.longer:
         logs[f"DiT, all tasks, {stage.config.stem}"] = stage.config.stem
     write_report(
@@ -302,7 +338,7 @@ def train_longer(size: Size) -> None:
 
 STEPS: tuple[tuple[str, Callable[[Size], None]], ...] = (
     ("render the world", render),
-    ("train the video VAE", lambda size: torchrun(size.vae)),
+    ("train the video VAE", train_vae),
     ("train the diffusion transformer: text to video", lambda size: torchrun(size.dit)),
     ("train it on, to be given pictures and videos too", train_tasks),
     ("train it on for longer, above all on subjects and seams", train_longer),

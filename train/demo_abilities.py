@@ -81,9 +81,14 @@ def _subjects(count: int) -> Scene:
     return next(scene for scene in scenes if len(scene.objects) == count)
 
 
-def _scenes() -> dict[str, Scene]:
-    """What is shown of the world, by name."""
-    shapes = {name: _scene(k) for k, name in enumerate(("moving", "other", "middle", "changed"))}
+def _scenes(frames: int) -> dict[str, Scene]:
+    """What is shown of the world, by name.
+
+    Args:
+        frames: of a clip of the model's.
+    """
+    names = ("moving", "other", "middle", "changed")
+    shapes = {name: _scene(k, frames=frames) for k, name in enumerate(names)}
     return {
         **shapes,
         "bounces": _scene(0, "bounces", frames=21),
@@ -92,12 +97,16 @@ def _scenes() -> dict[str, Scene]:
     }
 
 
-def write_given(folder: Path) -> None:
-    """Writes the pictures and videos that the examples are given, into a folder that is made."""
+def write_given(folder: Path, frames: int) -> None:
+    """Writes the pictures and videos that the examples are given, into a folder that is made.
+
+    Args:
+        frames: of a clip of the model's.
+    """
     from sample.options import write_png
 
     folder.mkdir(parents=True, exist_ok=True)
-    scenes = _scenes()
+    scenes = _scenes(frames)
     clips = {name: render(scene) for name, scene in scenes.items()}
     one, two = _pictures(scenes["one"]), _pictures(scenes["two"])
     pictures = {
@@ -109,7 +118,7 @@ def write_given(folder: Path) -> None:
         "subject-one.png": two[0],
         "subject-two.png": two[1],
     }
-    mask = np.zeros((9, 32, 32, 3), np.uint8)
+    mask = np.zeros_like(clips["changed"])
     mask[:, :, 16:] = 255
     videos = {
         "clip.mp4": clips["bounces"][:9],
@@ -129,12 +138,13 @@ def examples(model: Path, minutes: float = 1.0) -> list[Example]:
     Args:
         minutes: of the longest.
     """
-    known = read_model_file(model).info.references
-    return [each for each in _every_example(minutes) if each.flags.count("--reference") <= known]
+    info = read_model_file(model).info
+    every = _every_example(info.num_frames, minutes)
+    return [each for each in every if each.flags.count("--reference") <= info.references]
 
 
-def _every_example(minutes: float) -> list[Example]:
-    scenes = _scenes()
+def _every_example(frames: int, minutes: float) -> list[Example]:
+    scenes = _scenes(frames)
     moving, other, middle, changed, bounces, one, two = scenes.values()
     long_text = _text(bounces)
     edit = ("--edit", "changed.mp4", "--strength", "0.8")
@@ -153,21 +163,21 @@ def _every_example(minutes: float) -> list[Example]:
             "extended.mp4",
             "A video goes on",
             long_text,
-            ("--extend", "clip.mp4", "--seconds", "2", "--given", "2"),
+            ("--extend", "clip.mp4", "--seconds", "2"),
         ),
         Example(
             "before.mp4",
             "What was before it",
             long_text,
-            ("--extend", "clip.mp4", "--backward", "--given", "1"),
+            ("--extend", "clip.mp4", "--backward"),
         ),
         Example(
             "connected.mp4",
             "From one video into another",
             long_text,
-            ("--connect", "clip.mp4", "later.mp4", "--given", "1"),
+            ("--connect", "clip.mp4", "later.mp4"),
         ),
-        Example("loop.mp4", "Round in a loop", long_text, ("--loop", "--given", "1")),
+        Example("loop.mp4", "Round in a loop", long_text, ("--loop",)),
         Example("edited.mp4", "Another colour", _other_colour(changed), edit),
         Example(
             "masked.mp4",
@@ -205,7 +215,7 @@ def sample_examples(
         run: called with each command.
         minutes: of the longest.
     """
-    write_given(folder / "given")
+    write_given(folder / "given", read_model_file(model).info.num_frames)
     trained = (model / "model.yaml").stat().st_mtime
     for example in examples(model, minutes):
         target = folder / example.name

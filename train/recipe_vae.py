@@ -117,11 +117,19 @@ class VAERecipe(Recipe):
                 f"recipe.init={self.options.init}: train.compile, train.activation_checkpointing and "
                 "recipe.channels_last know our own VAE only; leave them out"
             )
+        if not isinstance(vae, VideoVAE) and self.options.freeze_encoder:
+            raise ValueError(
+                f"recipe.init={self.options.init}: recipe.freeze_encoder knows our own VAE only; leave "
+                "it out"
+            )
         if not all(p.is_meta or p.isfinite().all() for p in vae.parameters()):
             raise ValueError(
                 f"recipe.init={self.options.init}: has weights that are NaN or infinite"
             )
-        return vae.float().requires_grad_(True)
+        vae.float().requires_grad_(True)
+        if isinstance(vae, VideoVAE) and self.options.freeze_encoder:
+            vae.encoder.requires_grad_(False)
+        return vae
 
     def _build_perceptual(self) -> PerceptualDistance | None:
         """The frozen network, or None where there is none, or no weights for it."""
@@ -145,16 +153,23 @@ class VAERecipe(Recipe):
         return {**parts, **self.frozen()}
 
     def groups(self) -> list[TrainedGroup]:
-        groups = [TrainedGroup("", {f"vae.{k}": p for k, p in self.vae.named_parameters()})]
+        own = {f"vae.{k}": p for k, p in self.vae.named_parameters() if p.requires_grad}
+        groups = [TrainedGroup("", own)]
         if self.adversarial is not None:
-            own = {f"adversarial.{k}": p for k, p in self.adversarial.named_parameters()}
+            its = {f"adversarial.{k}": p for k, p in self.adversarial.named_parameters()}
             options = self.adversarial.config
             rest = {"lr_ratio": options.lr_ratio, "betas": options.betas}
-            groups.append(TrainedGroup("discriminator", own, start_step=options.start_step, **rest))
+            groups.append(TrainedGroup("discriminator", its, start_step=options.start_step, **rest))
         return groups
 
     def frozen(self) -> dict[str, nn.Module]:
-        return {} if self.perceptual is None else {"perceptual network": self.perceptual}
+        frozen: dict[str, nn.Module] = {}
+        if self.options.freeze_encoder:
+            assert isinstance(self.vae, VideoVAE)
+            frozen["vae encoder"] = self.vae.encoder
+        if self.perceptual is not None:
+            frozen["perceptual network"] = self.perceptual
+        return frozen
 
     def start_settings(self) -> str:
         return self._settings
@@ -169,10 +184,12 @@ class VAERecipe(Recipe):
                 f"train.parallel.shard={self.config.train.parallel.shard} knows our own VAE only, and "
                 f"recipe.init={self.options.init} is another; use 1"
             )
-        return [self.vae.encoder, self.vae.decoder]
+        trained: list[nn.Module] = [self.vae.encoder, self.vae.decoder]
+        return trained[1:] if self.options.freeze_encoder else trained
 
     def blocks(self) -> list[nn.Module]:
-        return [module for module in self.vae.modules() if isinstance(module, ResidualBlock)]
+        every = [module for module in self.vae.modules() if isinstance(module, ResidualBlock)]
+        return [block for block in every if any(p.requires_grad for p in block.parameters())]
 
     def dataset(self) -> TrainingClips:
         return TrainingClips(self.data.train, self.config, self.order)
@@ -199,7 +216,8 @@ class VAERecipe(Recipe):
         video = to_float(batch["video"])
         if self.options.channels_last:
             video = video.contiguous(memory_format=torch.channels_last_3d)
-        mean, log_variance = (x.float() for x in self.vae.moments(video))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.options.freeze_encoder):
+            mean, log_variance = (x.float() for x in self.vae.moments(video))
         latents = mean + (0.5 * log_variance).exp() * batch["noise"]
         output = self.vae.decode_raw(latents).float()
         losses, values = self._reconstruction(output, video)
@@ -309,9 +327,9 @@ class VAERecipe(Recipe):
             kept, clips, _ = read_rows(self.data.train, part, self.config.data, self.quarantine)
             if not kept:
                 continue
-            mean, log_variance = self.vae.moments(to_float(clips.to(device)))
+            posterior = self.vae.raw_posterior(to_float(clips.to(device)))
             noise = counted_noise(seed, "statistics", kept, self.latent_shape, device)
-            latents = (mean + (0.5 * log_variance).exp() * noise).double()
+            latents = posterior.sample(noise).double()
             values = latents.transpose(0, 1).flatten(1)
             sums[0] += values.sum(1)
             sums[1] += values.square().sum(1)
@@ -339,8 +357,9 @@ class VAERecipe(Recipe):
         }
 
     def measure(self) -> None:
-        """A published VAE keeps its statistics: models of its latents rely on them."""
-        if isinstance(self.vae, VideoVAE):
+        """A published VAE, and one whose encoder is frozen, keep their statistics: models of their
+        latents rely on them."""
+        if isinstance(self.vae, VideoVAE) and not self.options.freeze_encoder:
             mean, std, self._num_measured = self.measure_latents()
             self.vae.set_statistics(mean, std)
 

@@ -337,13 +337,33 @@ def test_connections_see_both_videos(pipeline, videos):
 
 @pytest.mark.parametrize(
     ("frames", "given", "sides", "expected"),
-    [(9, None, 1, (2, 1)), (9, 1, 1, (1, 2)), (5, None, 1, (1, 1)), (17, None, 2, (1, 3))],
+    [
+        (9, None, 1, (2, 1)),
+        (9, 1, 1, (1, 2)),
+        (5, None, 1, (1, 1)),
+        (17, None, 1, (4, 1)),
+        (33, None, 1, (7, 2)),
+        (9, None, 2, (1, 1)),
+        (17, None, 2, (2, 1)),
+        (17, 1, 2, (1, 3)),
+        (33, None, 2, (2, 5)),
+    ],
 )
 def test_windows(pipeline, frames, given, sides, expected):
     assert window_of(pipeline, frames, given, sides) == Window(*expected)
-    if sides == 1:
-        half = window_of(pipeline, frames, given, backward=True)
-        assert half.given == (given or (expected[0] + expected[1]) // 2)
+    if given is None and sides == 1:
+        total = sum(expected)
+        new = min(max(2, expected[1]), total - 1)
+        assert window_of(pipeline, frames, given, backward=True) == Window(total - new, new)
+
+
+@pytest.mark.parametrize(
+    ("there", "forward", "backward"), [(17, 4, 3), (12, 3, 2), (9, 3, 2), (5, 2, 1), (1, 2, 1)]
+)
+def test_a_short_video_gives_what_it_has(pipeline, there, forward, backward):
+    assert window_of(pipeline, 17, None, there=there).given == forward
+    assert window_of(pipeline, 17, None, backward=True, there=there).given == backward
+    assert window_of(pipeline, 17, 4, there=there).given == 4
 
 
 def test_little_strength_changes_little(pipeline, videos):

@@ -71,7 +71,7 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_module, "run", run)
     demo_module.main("tiny")
     again = capsys.readouterr().out
-    assert again.count("steps are done already") == 4
+    assert again.count("steps are done already") == 5
     assert again.count("there already") == len(made)
     assert again.count("this model is scored already") == 2 + len(demo_module.SIZES["tiny"].parts)
     assert (out / "model" / "dit.safetensors").read_bytes() == weights

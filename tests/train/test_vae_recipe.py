@@ -203,6 +203,33 @@ def test_starting_from_a_model(room, tmp_path):
     assert not torch.equal(tuned.latent_std, source.latent_std)
 
 
+def test_a_decoder_is_trained_on_alone(room, tmp_path):
+    """Latents stay what they are, so that models of them go on; a resumed run ends as one without a
+    break does."""
+    changes = {
+        "recipe": {"vae": None, "init": str(room.vae), "freeze_encoder": True},
+        "train": {"steps": 4, "checkpoint_interval": 2},
+    }
+    recipe, config = recipe_of(room, tmp_path, "vae", **changes)
+    assert {name.split(".")[1] for name in recipe.trained()} == {"decoder"}
+    losses, _ = recipe(some_batch(recipe, config))
+    losses.sum().backward()
+    assert all(p.grad is None for p in recipe.vae.encoder.parameters())
+    assert all(p.grad is not None for p in recipe.vae.decoder.parameters())
+    out = room.train(tmp_path / "run", "vae", **changes)
+    before, after = (load_model(folder).vae for folder in (room.vae, out / "model"))
+    video = to_float(some_batch(recipe, config)["video"])
+    latents = before.encode(video)
+    assert torch.equal(after.encode(video).mean, latents.mean)
+    assert torch.equal(after.encode(video).std, latents.std)
+    assert not torch.equal(after.decode(latents.mean), before.decode(latents.mean))
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints" / "step-00000004")
+    room.train(out, "vae", **changes)
+    again = load_model(out / "model").vae.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in after.state_dict().items())
+
+
 def test_a_published_vae_is_fine_tuned_and_keeps_its_statistics(room, tmp_path):
     config = WanVAEConfig(
         base_dim=4,
@@ -231,6 +258,9 @@ def test_a_published_vae_is_fine_tuned_and_keeps_its_statistics(room, tmp_path):
     assert not torch.equal(*(vae.model.get_parameter(weight) for vae in (before, after)))
     changes["train"] = {"steps": 3, "activation_checkpointing": "block"}
     with pytest.raises(ValueError, match=r"know our own VAE only"):
+        room.train(tmp_path / "other", "vae", **changes)
+    changes["recipe"]["freeze_encoder"], changes["train"] = True, {"steps": 3}
+    with pytest.raises(ValueError, match=r"recipe\.freeze_encoder knows our own VAE only"):
         room.train(tmp_path / "other", "vae", **changes)
 
 
@@ -301,6 +331,7 @@ def test_dry_run_counts_the_adversary(room, tmp_path):
         ({"vae": None}, r"recipe\.vae: missing"),
         ({"init": "some/model"}, r"recipe\.vae: comes with recipe\.init=some/model; leave it out"),
         ({"vae": None, "init": "nowhere"}, r"nowhere: no such folder"),
+        ({"freeze_encoder": True}, r"freeze_encoder=true is for a VAE that has been trained"),
         (
             {"adversarial": {"start": 4}},
             r"recipe\.adversarial\.start: unknown key; did you mean start",
