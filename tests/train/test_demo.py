@@ -12,6 +12,7 @@ from PIL import Image
 
 from train import demo as demo_module
 from train import gallery
+from train.config_file import load_config
 from train.demo_abilities import examples
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +84,21 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
     assert len(shown) == len(made) + len(given)
     for name in shown:
         assert Image.open(tmp_path / "page" / name).size == (128, 128)
+
+
+@pytest.mark.parametrize("name", demo_module.SIZES)
+def test_each_training_goes_on_from_the_one_before(name):
+    size = demo_module.SIZES[name]
+    paths = [size.vae, size.decoder, size.dit, size.tasks, *(each.config for each in size.longer)]
+    configs = [load_config(ROOT / path) for path in paths]
+    assert configs[0].recipe.init is None
+    for path, before, config in zip(paths[1:], configs, configs[1:]):
+        source = config.recipe.vae if path == size.dit else config.recipe.init
+        assert source == before.out / "model", path
+        assert str(path) in (ROOT / path).read_text() or name == "tiny", path
+    lengths = [config.data.num_frames for config in configs[4:]]
+    assert lengths == [stage.frames for stage in size.longer]
+    assert all(config.out.parent == size.out for config in configs)
 
 
 def test_an_unknown_demo_is_refused(tmp_path):
