@@ -41,7 +41,8 @@ def window_of(
             better the longer they are seen, and of two sides a quarter each; two where that leaves
             something new, since the first is of one frame, in which nothing moves.
         backward: the end is given.
-        there: frames that the video has; without `given`, no more are asked of it, if it has a few.
+        there: frames that the video, or the shorter one, has; without `given`, no more are asked of it,
+            if it has a few.
     Raises:
         ValueError: nothing would be new, or nothing given.
     """
@@ -49,15 +50,15 @@ def window_of(
     total = pipeline.latent_shape(frames, info.height, info.width)[1]
     if given is not None:
         shown = given
-    elif sides == 2:
-        shown = max(1, min(max(2, total // 4), (total - 1) // 2))
     else:
-        # In front, the first of the new ones is of the one frame that the video itself begins with.
-        least, new = (1, 2) if backward else (2, 1)
-        shown = max(1, total - max(new, total // 4))
+        least = 1 if backward or sides == 2 else 2
+        if sides == 2:
+            shown = max(1, min(max(2, total // 4), (total - 1) // 2))
+        else:
+            # In front, the first new one is of the one frame that the video itself begins with.
+            shown = max(1, total - max(3 - least, total // 4))
         if there is not None:
-            has = (there - 1) // factor + (not backward)
-            shown = min(shown, max(least, has))
+            shown = min(shown, max(least, (there - 1) // factor + least - 1))
     if total <= sides:
         raise ValueError(
             f"clips of {frames} frames, {total} latent ones, are too short to be given something on "

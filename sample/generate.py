@@ -120,7 +120,8 @@ def generate(
     if first is None and not loop:
         return pipeline([prompt], seeds=[seed], **options)[0]
     frames = options.get("frames") or pipeline.info.num_frames
-    window = extending.window_of(pipeline, frames, given_latents, sides=2)
+    there = min((v.shape[1] for v in (first, second) if v is not None), default=None)
+    window = extending.window_of(pipeline, frames, given_latents, sides=2, there=there)
     if first is not None and second is not None:
         if first.shape[2:] != second.shape[2:]:
             sizes = " and ".join(f"{v.shape[2]}x{v.shape[3]}" for v in (first, second))

@@ -363,6 +363,7 @@ def test_windows(pipeline, frames, given, sides, expected):
 def test_a_short_video_gives_what_it_has(pipeline, there, forward, backward):
     assert window_of(pipeline, 17, None, there=there).given == forward
     assert window_of(pipeline, 17, None, backward=True, there=there).given == backward
+    assert window_of(pipeline, 17, None, sides=2, there=there).given == min(2, max(1, backward))
     assert window_of(pipeline, 17, 4, there=there).given == 4
 
 
