@@ -326,9 +326,10 @@ def score_extension(
         level = LEVELS[1]
         chance[f"{case.name}: colour_kept"] = 1 / len(level.colours)
         chance[f"{case.name}: shape_kept"] = 1 / len(level.shapes)
-        for what, names in (("object", level.colours), ("background", level.backgrounds)):
-            palette = COLOURS if what == "object" else BACKGROUNDS
-            chance[f"{case.name}: {what}_jump"] = _guessed_jump([palette[name] for name in names])
+        colours = [COLOURS[name] for name in level.colours]
+        backgrounds = [BACKGROUNDS[name] for name in level.backgrounds]
+        chance[f"{case.name}: object_jump"] = _guessed_jump(colours)
+        chance[f"{case.name}: background_jump"] = _guessed_jump(backgrounds)
     return part_results(
         pipeline,
         settings,

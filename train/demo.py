@@ -196,8 +196,8 @@ def _render(
     frames: int = SHORT,
 ) -> Path:
     """The manifest of so many clips, in a folder of the world's."""
-    options = {"--clips": clips, "--seed": seed, "--split": split, "--scenario": scenario}
-    options["--frames"] = frames
+    what = {"--clips": clips, "--seed": seed, "--split": split}
+    options = {**what, "--scenario": scenario, "--frames": frames}
     flat = [str(x) for pair in options.items() for x in pair]
     run_here("zoetrope", "data", "world", str(size.out / "world" / folder), *flat)
     return size.out / "world" / folder / "manifest.jsonl"

@@ -216,8 +216,7 @@ class VAERecipe(Recipe):
         video = to_float(batch["video"])
         if self.options.channels_last:
             video = video.contiguous(memory_format=torch.channels_last_3d)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.options.freeze_encoder):
-            mean, log_variance = (x.float() for x in self.vae.moments(video))
+        mean, log_variance = (x.float() for x in self.vae.moments(video))
         latents = mean + (0.5 * log_variance).exp() * batch["noise"]
         output = self.vae.decode_raw(latents).float()
         losses, values = self._reconstruction(output, video)
