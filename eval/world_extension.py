@@ -7,6 +7,7 @@ was made, which shows how much the tracker and H.264 add.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -44,7 +45,6 @@ class Case:
 
     kept: the frames, (begin, end), that are given, in order; those between, before or behind are made.
     new: the frames that are made, as they lie in the result. In a loop they lie behind the scene's.
-    straight: whether objects move straight ahead, so that a velocity says all.
     """
 
     name: str
@@ -53,7 +53,6 @@ class Case:
     kept: tuple[tuple[int, int], ...]
     new: tuple[int, int]
     window: Window
-    straight: bool = False
     loop: bool = False
 
     @property
@@ -86,9 +85,29 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
+def velocity_change(path: np.ndarray, scene: Scene, case: Case) -> float | None:
+    """How much the velocity changes at a seam, pixels per frame, mean over the seams: between the best
+    lines through the frames on either side, each as far as nothing bounces in the scene.
+
+    None where a line has less than two frames, or the object is not found in one.
+    """
+    first, last = case.new
+    times = sorted(time * scene.fps for item in scene.objects for time in item.bounce_times)
+    seams = [(case.kept[0][0], first, last)] if first > 0 else []
+    seams += [(first, last, case.kept[-1][1])] if last < case.total else []
+    changes = []
+    for begin, seam, end in seams:
+        begin = max(begin, *(math.ceil(time) for time in times if time < seam), 0)
+        end = min(end, *(math.floor(time) + 1 for time in times if time >= seam), case.total)
+        sides = path[begin:seam], path[seam:end]
+        if min(map(len, sides)) > 1 and np.isfinite(path[begin:end]).all():
+            changes.append(float(np.hypot(*(mean_velocity(sides[1]) - mean_velocity(sides[0])))))
+    return _mean(changes)
+
+
 def path_figures(path: np.ndarray, scene: Scene, case: Case, *, inner: bool) -> Figures:
     """What a path (f, 2) in pixels says: the jump at the seams, or inside a real clip wherever nothing
-    bounces; the change of velocity; the distance from where the object should be.
+    bounces; the change of velocity there; the distance from where the object should be.
     """
     frames = len(path)
     if inner:
@@ -105,12 +124,7 @@ def path_figures(path: np.ndarray, scene: Scene, case: Case, *, inner: bool) -> 
     seen = np.isfinite(made[:, 0])
     error = np.linalg.norm(made - true, axis=1)[seen]
     figures["position_error"] = float(error.mean()) if len(error) else None
-    if case.straight:
-        (first, last) = case.kept[0]
-        known = path[first:last]
-        whole = seen.all() and np.isfinite(known).all() and len(made) > 1
-        change = mean_velocity(made) - mean_velocity(known) if whole else None
-        figures["velocity_change"] = None if change is None else float(np.hypot(*change))
+    figures["velocity_change"] = velocity_change(path, scene, case)
     return figures
 
 
@@ -201,7 +215,7 @@ def make_cases(pipeline: TextToVideo) -> list[Case]:
         if kept < 1 + factor:
             continue
         window = window_of(pipeline, length, None, there=kept)
-        what = {"scenario": scenario, "total": total, "straight": scenario == "shapes"}
+        what = {"scenario": scenario, "total": total}
         word = "straight" if scenario == "shapes" else scenario
         cases.append(
             Case(f"forwards, {word}", kept=((0, kept),), new=(kept, total), window=window, **what)
@@ -324,6 +338,7 @@ def score_extension(
         for name in stays[0]:
             chance[f"{case.name}: {name}"] = _summary(stays)[name].value
         level = LEVELS[1]
+        chance[f"{case.name}: found"] = 1.0
         chance[f"{case.name}: colour_kept"] = 1 / len(level.colours)
         chance[f"{case.name}: shape_kept"] = 1 / len(level.shapes)
         colours = [COLOURS[name] for name in level.colours]
@@ -368,7 +383,7 @@ def _notes(cases: Sequence[Case]) -> list[str]:
             f"window: {case.window.given} given{' on each side' * (case.name in _SIDES)}, "
             f"{case.window.new} new"
         )
-    if not any(case.straight for case in cases):
+    if not any(case.scenario == "shapes" for case in cases):
         lines.append("no straight motion lasts longer than this model's clips, so none is extended")
     return lines
 

@@ -18,6 +18,7 @@ import numpy as np
 from data.randomness import stream_seed
 from data.video_write import write_chunks
 from data.world import COLOURS, LEVELS, Scene
+from data.world_motion import SPEED
 from data.world_render import render
 from eval.metrics import Estimate, mean_estimate
 from eval.tracker import find_blobs, name_of
@@ -160,10 +161,18 @@ def _summary(rows: Sequence[dict[str, float]]) -> dict[str, Estimate]:
 
 
 def chance(names: Iterable[str]) -> dict[str, float]:
-    """What one object gets that has one of the level's colours at random, of these figures."""
+    """What one object gets that has one of the level's colours at random, and in every stretch another
+    of the world's speeds, of these figures."""
     palette = np.array([COLOURS[name] for name in LEVELS[1].colours], float)
     distances = np.linalg.norm(palette[:, None] - palette, axis=-1)
-    guesses = {"permanence": 1 / len(palette), "colour_drift": float(distances.mean())}
+    speeds = np.linspace(*SPEED, 1000)
+    ratios = speeds[:, None] / speeds
+    guesses = {
+        "permanence": 1 / len(palette),
+        "colour_drift": float(distances.mean()),
+        "speed_drift": float(np.abs(ratios - 1).mean()),
+        "speed_ratio": float(ratios.mean()),
+    }
     return {name: guesses[kind] for name in names if (kind := name.split(": ")[-1]) in guesses}
 
 
@@ -216,7 +225,7 @@ def score_minute(
         "minute",
         scores,
         chance=chance(scores["real"]),
-        chance_is="one object, of any colour",
+        chance_is="one object, of any colour and speed",
         num_is=f"videos of {seconds:g} s",
         notes=[
             f"{frames} frames in {plan.num_windows} windows, each of {plan.length} latent frames, of "

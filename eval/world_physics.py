@@ -244,6 +244,7 @@ def score_physics(
                 row.stays_after for row in rows if row.stays_after is not None
             ]
             chance |= {f"{scenario}, {name}: {k}": float(np.mean(v)) for k, v in stays.items() if v}
+            chance[f"{scenario}, {name}: found"] = 1.0
     return part_results(
         pipeline,
         settings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.files import locked
 from sample.media import read_mask, read_video
-from sample.options import outside_trained
+from sample.options import OutsideTraining, outside_trained
 from sample.schedule import Schedule, is_schedule
 
 if TYPE_CHECKING:
@@ -124,8 +125,8 @@ class FromVideos:
                     file=sys.stderr,
                 )
             videos[0] = videos[0][:, :length]
-            if warning := outside_trained(pipeline.info, length, height, width):
-                print(warning, file=sys.stderr)
+            for text in outside_trained(pipeline.info, length, height, width):
+                print(f"warning: {text}", file=sys.stderr)
             if self.mask is not None:
                 mask = read_mask(self.mask, self.edit, videos[0], fps)
 
@@ -135,22 +136,23 @@ class FromVideos:
             if self.edit is not None:
                 asked = {**asked, "frames": None}
 
-            return generate(
-                pipeline,
-                prompt,
-                extend=videos[0] if self.extend else None,
-                connect=(videos[0], videos[1]) if self.connect else None,
-                loop=self.loop,
-                edit=videos[0] if self.edit else None,
-                mask=mask,
-                strength=self.strength,
-                seconds=self.seconds,
-                backward=self.backward,
-                both=self.both,
-                given_latents=self.given,
-                seed=seed,
-                **asked,
-            )
+            with warnings.catch_warnings(action="ignore", category=OutsideTraining):  # it is said
+                return generate(
+                    pipeline,
+                    prompt,
+                    extend=videos[0] if self.extend else None,
+                    connect=(videos[0], videos[1]) if self.connect else None,
+                    loop=self.loop,
+                    edit=videos[0] if self.edit else None,
+                    mask=mask,
+                    strength=self.strength,
+                    seconds=self.seconds,
+                    backward=self.backward,
+                    both=self.both,
+                    given_latents=self.given,
+                    seed=seed,
+                    **asked,
+                )
 
         return make
 
@@ -224,13 +226,7 @@ class Rolling:
         from sample.generate import num_frames_of
 
         assert self.minutes is not None
-        taught, noise_level = pipeline.info.given_noise, self.noise_level or roll.NOISE_LEVEL
-        if taught is not None and noise_level > taught and ranks.is_main:
-            print(
-                f"warning: --noise-level {noise_level:g}: given frames carried {taught:g} at most when "
-                "this model was trained (recipe.tasks.noise)",
-                file=sys.stderr,
-            )
+        noise_level = self.noise_level or roll.NOISE_LEVEL
         num_frames = num_frames_of(self.minutes, pipeline.info.fps)
         plan = roll.plan_windows(pipeline, num_frames, self.given)
         options = {k: v for k, v in options.items() if k not in ("frames", "keyframes")}

@@ -292,9 +292,11 @@ def sample(
     }
     pipeline.latent_shape(frames, height, width)  # refuse what does not fit before making folders
     # An edited video has a length of its own, which is looked at when it is read.
-    warning = outside_trained(info, frames, height, width) if edit is None else ""
-    if warning and ranks.is_main:
-        typer.echo(warning, err=True)
+    shown = [*options["keyframes"], *([0] if image is not None else [])]
+    level = noise_level or 0.0
+    unlike = outside_trained(info, frames, height, width, pictures=shown, noise_level=level)
+    for text in unlike if edit is None and ranks.is_main else ():
+        typer.echo(f"warning: {text}", err=True)
     make = videos.maker(pipeline, height, width, options)
     for path in (paths[0], sheet or paths[0]):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import warnings
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -17,6 +18,7 @@ from data.randomness import stream_seed
 from data.video import to_float
 from sample import extend as extending
 from sample.edit import edit as edited
+from sample.options import OutsideTraining, outside_trained
 from sample.pipeline import TextToVideo
 from sample.roll import NOISE_LEVEL, decoded, plan_windows, roll
 from sample.schedule import Schedule
@@ -76,6 +78,8 @@ def generate(
         seed: the sample depends on it alone.
         options: as `TextToVideo.__call__`: image, keyframes, references, frames, height, width,
             guidance, steps and others.
+    Warns:
+        OutsideTraining: of sizes, pictures or noise that the model was not trained with.
     Raises:
         ValueError: several of these at once, or what `sample.extend`, `sample.edit`, `sample.roll` and
             the pipeline refuse.
@@ -106,6 +110,8 @@ def generate(
         raise ValueError(f"connect: got {len(connect)} videos; give two")
     extend, edit = _checked("extend", extend, options), _checked("edit", edit, options)
     first, second = (_checked("connect", video, options) for video in connect or (None, None))
+    given = next((video for video in (edit, extend, first) if video is not None), None)
+    _warn(pipeline, given, edit is not None, noise_level or 0.0, options)
     if edit is not None:
         strength = 0.6 if strength is None else strength
         return edited(pipeline, prompt, edit, strength, mask, seeds=[seed], **options)
@@ -131,6 +137,35 @@ def generate(
     video = pipeline([prompt], seeds=[seed], **options)[0]
     back = {**options, "image": None, "keyframes": None, "seeds": [stream_seed(seed, "loop", 0)]}
     return torch.cat([video, extending.loop(pipeline, prompt, video, window, **back)], dim=1)
+
+
+def _warn(
+    pipeline: TextToVideo,
+    video: Tensor | None,
+    whole: bool,
+    noise_level: float,
+    options: Mapping[str, Any],
+) -> None:
+    """Says what the model was not trained for.
+
+    Args:
+        video: that is given; whole: and that is as long as what is made.
+    """
+    info = pipeline.info
+    frames = video.shape[1] if video is not None and whole else options.get("frames")
+    height, width = (None, None) if video is None else video.shape[2:]
+    frames = frames or info.num_frames
+    pictures = {key % frames for key in options.get("keyframes") or ()}
+    pictures |= {0} if options.get("image") is not None else set()
+    for text in outside_trained(
+        info,
+        frames,
+        height or options.get("height") or info.height,
+        width or options.get("width") or info.width,
+        pictures=pictures,
+        noise_level=noise_level,
+    ):
+        warnings.warn(text, OutsideTraining, stacklevel=3)
 
 
 def _checked(name: str, video: Tensor | None, options: Mapping[str, Any]) -> Tensor | None:

@@ -23,8 +23,8 @@ from sample.model import ModelInfo
 # The tasks (train/tasks.py) that teach each way to be given something; one of them is enough.
 TAUGHT_BY: dict[str, tuple[str, ...]] = {
     "first": ("first", "ends", "leading", "random", "sides"),
-    "last": ("last", "ends", "keyframe"),
-    "keyframe": ("keyframe",),
+    "last": ("last", "ends", "keyframe", "keyframes"),
+    "keyframe": ("keyframe", "keyframes"),
     "leading": ("leading", "random", "sides"),
     "trailing": ("trailing", "random", "sides"),
     "sides": ("sides", "random"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,11 +106,44 @@ def write_png(path: Path, frame) -> None:  # noqa: ANN001 (numpy, imported lazil
         Image.fromarray(frame).save(partial, format="PNG")
 
 
-def outside_trained(info: ModelInfo, frames: int, height: int, width: int) -> str:
-    """What to say of a size that the model was not trained on; nothing of others, and of models that do
-    not say what they were trained on."""
+class OutsideTraining(UserWarning):
+    """What is asked of a model is not what it was trained on."""
+
+
+def outside_trained(
+    info: ModelInfo,
+    frames: int,
+    height: int,
+    width: int,
+    *,
+    pictures: Collection[int] = (),
+    noise_level: float = 0.0,
+) -> list[str]:
+    """What to say of a size that the model was not trained on, and of what it is given; nothing of
+    models that do not say what they were trained on.
+
+    Args:
+        pictures: the frames of which pictures are given; noise_level: of what a window is given.
+    """
+    said = _other_size(info, frames, height, width)
+    beside = [frame for frame in pictures if frame > 0]
+    ends = "ends" in info.tasks and beside == [frames - 1]
+    if len(pictures) > 1 and beside and not ends and "keyframes" not in info.tasks:
+        said.append(
+            f"pictures of {len(pictures)} frames are given, and the model was not trained with several "
+            "(recipe.tasks.keyframes)"
+        )
+    if info.given_noise is not None and noise_level > info.given_noise:
+        said.append(
+            f"a noise level of {noise_level:g}: given frames carried {info.given_noise:g} at most when "
+            "this model was trained (recipe.tasks.noise)"
+        )
+    return said
+
+
+def _other_size(info: ModelInfo, frames: int, height: int, width: int) -> list[str]:
     if not info.sizes:
-        return ""
+        return []
     lengths, pixels, aspects = zip(*((f, h * w, w / h) for f, h, w in info.sizes))
     low, high = 1 if "image" in info.tasks else min(lengths), max(lengths)
     outside = []
@@ -122,9 +155,7 @@ def outside_trained(info: ModelInfo, frames: int, height: int, width: int) -> st
     if not 0.9 * min(aspects) <= width / height <= 1.1 * max(aspects):
         span = f"{min(aspects):.2f} to {max(aspects):.2f}"
         outside.append(f"width / height = {width / height:.2f} (trained on {span})")
-    return (
-        f"warning: outside what the model was trained on: {'; '.join(outside)}" if outside else ""
-    )
+    return [f"outside what the model was trained on: {'; '.join(outside)}"] if outside else []
 
 
 def grid_of(kind: str | None) -> Any:

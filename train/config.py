@@ -194,8 +194,9 @@ class RunConfig(Section):
             reason = "is for the tokens of a DiT, and the VAE recipe has none"
         elif self.train.parallel.context > 1:
             reason = f"does not go with train.parallel.context={self.train.parallel.context}"
-        elif {"image", "last", "ends", "keyframe", "window"} & self.recipe.tasks.weights.keys():
-            reason = "does not go with the tasks image, last, ends, keyframe and window"
+        elif self.recipe.tasks.weights.keys() & _NOT_PACKED:
+            names = ", ".join(_NOT_PACKED[:-1])
+            reason = f"does not go with the tasks {names} and {_NOT_PACKED[-1]}"
         elif self.gives_references:
             reason = "does not go with recipe.tasks.references, pictures beside the clips"
         elif self.train.compile:
@@ -208,6 +209,9 @@ class RunConfig(Section):
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+
+# Tasks whose steps have another shape, or pictures beside the clips.
+_NOT_PACKED = ("image", "last", "ends", "keyframe", "keyframes", "window")
 
 # Keys that may differ between a checkpoint and the run that continues it.
 FREE_TO_CHANGE = (

@@ -165,6 +165,7 @@ class TasksConfig(Section):
     last: NonNegativeFloat = 0.0  # a picture of the last frame
     ends: NonNegativeFloat = 0.0  # both
     keyframe: NonNegativeFloat = 0.0  # a picture of some frame
+    keyframes: NonNegativeFloat = 0.0  # of two frames, and for half of them the first frame too
     leading: NonNegativeFloat = 0.0  # the first few latent frames
     trailing: NonNegativeFloat = 0.0  # the last few
     sides: NonNegativeFloat = 0.0  # the first few and the last few

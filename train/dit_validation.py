@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from dit.conditions import BesideFrames
@@ -207,7 +208,8 @@ def _task_losses(
         factor = recipe.vae.temporal_factor
         frames = chosen_frames(part.rows, given.still, num_frames, factor)
         positions = keyframe_positions(frames, factor).to(device)
-        latents = part.stills[torch.arange(len(frames)), :, given.still, None]
+        each = torch.arange(len(frames))[:, None]
+        latents = rearrange(part.stills[each, :, given.still], "n k c h w -> n c k h w")
         beside = BesideFrames(latents, torch.zeros_like(positions), positions)
     x_t, told = objective.add_noise(x_0, noise, t), objective.network_t(t)
     pred = recipe.dit(x_t, told, *recipe.text(part.ids), beside=beside)

@@ -28,7 +28,7 @@ from train.config_recipes import DiTRecipeConfig, TasksConfig, VAERecipeConfig
 from train.recipe import Recipe, TrainData
 from train.recipe_dit import DiTRecipe
 from train.recipe_vae import VAERecipe
-from train.tasks import FAMILIES
+from train.tasks import BESIDE, FAMILIES
 
 # Of the VAEs in Wan-AI's Wan2.1-T2V-1.3B-Diffusers and Wan2.2-TI2V-5B-Diffusers on Hugging Face; their
 # latent statistics change no shape.
@@ -88,7 +88,8 @@ _BESIDE = (
 
 def _beside(tasks: TasksConfig) -> bool:
     """Whether any task puts a picture beside a clip."""
-    return tasks.references > 0 or any(tasks.weights.get(task) for task in FAMILIES["beside"])
+    shown = [task for family in BESIDE for task in FAMILIES[family]]
+    return tasks.references > 0 or any(tasks.weights.get(task) for task in shown)
 
 
 def _with_vae(

@@ -14,14 +14,18 @@ from train.config_recipes import TasksConfig
 
 
 def num_stills(config: TasksConfig) -> int:
-    """How many of each clip the tasks need: its last frame, and some other."""
+    """How many of each clip the tasks need: its last frame, and some others."""
+    if config.keyframes:
+        return 3
     return 2 if config.keyframe else int(bool(config.last or config.ends))
 
 
 def still_frames(row: int, num_frames: int, count: int) -> list[int]:
-    """Which frames of a row's clip they are: the last one first."""
-    spread = (row * 0x9E3779B1 & 0xFFFFFFFF) * (num_frames - 1) >> 32  # in [0, num_frames - 1)
-    return [num_frames - 1, spread][:count]
+    """Which frames of a row's clip they are: the last one first; three differ if the clip has three."""
+    others = num_frames - 1
+    spread = (row * 0x9E3779B1 & 0xFFFFFFFF) * others >> 32  # in [0, others)
+    further = 1 + ((row * 0x85EBCA6B & 0xFFFFFFFF) * max(1, others - 1) >> 32)
+    return [others, spread, (spread + further) % max(1, others)][:count]
 
 
 def cut_stills(video: Tensor, rows: Sequence[int], count: int) -> list[Tensor]:

@@ -31,8 +31,10 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "clip": ("text", "first", "leading", "trailing", "sides", "random", "independent"),
     "image": ("image",),
     "beside": ("last", "ends", "keyframe"),
+    "beside two": ("keyframes",),
     "window": ("window",),
 }
+BESIDE = tuple(family for family in FAMILIES if family.startswith("beside"))
 _FAMILY_OF = {task: family for family, tasks in FAMILIES.items() for task in tasks}
 
 
@@ -45,7 +47,7 @@ class Given:
         frames: (start, stop), the latent frames that this step works on.
         levels: noise level of what is known of these, (b f); NaN where it is asked for.
         independent: samples whose frames have noise levels of their own, (b,).
-        still: which of a row's stills is beside each sample, (b,), and at which noise level, (b,);
+        still: which of a row's stills are beside each sample, (b, k), and at which noise level, (b,);
             None where nothing is.
     """
 
@@ -89,27 +91,28 @@ def draw_given(
         weights = {"text": 1.0}
     drawn = [_one(weights, config.noise, seed, number, frames) for number in g]
     tasks, levels, stills, noises = zip(*drawn)
-    beside = family == "beside"
+    beside = family in BESIDE
     return Given(
         tasks=tasks,
         frames=frames,
         levels=torch.tensor(np.stack(levels), dtype=torch.float32),
         independent=torch.tensor([task == "independent" for task in tasks]),
-        still=torch.tensor(stills) if beside else None,
+        still=torch.tensor(np.stack(stills)) if beside else None,
         still_levels=torch.tensor(noises, dtype=torch.float32) if beside else None,
     )
 
 
 def _one(
     weights: dict[str, float], noise: float, seed: int, g: int, frames: tuple[int, int]
-) -> tuple[str, np.ndarray, int, float]:
-    """The task of one sample, the levels of its latent frames, its still and that one's level."""
+) -> tuple[str, np.ndarray, np.ndarray, float]:
+    """The task of one sample, the levels of its latent frames, its stills and their level."""
     rng = numpy_generator(seed, "task", g)
     task = _draw(weights, rng.random())
     level = noise * max(0.0, 2 * rng.random() - 1)
     count = frames[1] - frames[0]
     known = _known(task, count, rng)
-    return task, np.where(known, level, np.nan), int(task == "keyframe"), level
+    stills = [int(rng.integers(0, 2)), 2] if task == "keyframes" else [int(task == "keyframe")]
+    return task, np.where(known, level, np.nan), np.array(stills), level
 
 
 def _known(task: str, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -119,6 +122,8 @@ def _known(task: str, count: int, rng: np.random.Generator) -> np.ndarray:
     match task:
         case "first" | "ends":
             return place < 1
+        case "keyframes":
+            return place < int(rng.integers(0, 2))
         case "leading" | "window":
             return place < number
         case "trailing":
@@ -215,7 +220,7 @@ def family_of(task: str) -> str:
 
 
 def _still(recipe: DiTRecipe, items: dict[str, Any], given: Given, shape: tuple[int, ...]) -> Batch:
-    """The frame beside each clip as a picture: its latents, or what they are made of.
+    """The frames beside each clip as pictures: their latents, or what they are made of.
 
     Args:
         shape: of a clip's latents, (c f h w).
@@ -224,13 +229,13 @@ def _still(recipe: DiTRecipe, items: dict[str, Any], given: Given, shape: tuple[
     assert given.still_levels is not None
     num_frames, factor = shape[1], recipe.vae.temporal_factor
     frames = chosen_frames(items["rows"], given.still, num_frames, factor)
-    each = torch.arange(len(frames))
+    each = torch.arange(len(frames))[:, None]
     if "stills" in items:
-        pictures = items["stills"][each, :, :, given.still, None]
+        pictures = rearrange(items["stills"][each, :, :, given.still], "b k m c h w -> b m c k h w")
     else:
-        pictures = items["video"][each, :, frames, None]
-    positions = keyframe_positions(frames, factor)
-    return _beside(recipe, items, pictures, given.still_levels[:, None], positions, "still")
+        pictures = rearrange(items["video"][each, :, frames], "b k c h w -> b c k h w")
+    levels = given.still_levels[:, None].expand(given.still.shape)
+    return _beside(recipe, items, pictures, levels, keyframe_positions(frames, factor), "still")
 
 
 def _references(recipe: DiTRecipe, items: dict[str, Any]) -> Batch:
@@ -276,19 +281,23 @@ def _beside(
 
 def chosen_frames(
     rows: Sequence[int], still: Tensor, num_frames: int, temporal_factor: int
-) -> list[int]:
-    """Which frame of its clip each row's chosen still is.
+) -> Tensor:
+    """Which frames of its clip each row's chosen stills (b, k) are, (b, k).
 
     Args:
         num_frames: latent frames of a clip.
     """
     length = (num_frames - 1) * temporal_factor + 1
-    return [still_frames(row, length, k + 1)[k] for row, k in zip(rows, still.tolist())]
+    every = torch.tensor([still_frames(row, length, 3) for row in rows])
+    return every.gather(1, still)
 
 
-def keyframe_positions(frames: Sequence[int], temporal_factor: int) -> Tensor:
-    """Where one picture beside each clip lies along time, (b 1)."""
-    return torch.tensor([[keyframe_position(frame, temporal_factor)] for frame in frames])
+def keyframe_positions(frames: Tensor, temporal_factor: int) -> Tensor:
+    """Where the pictures of frames (b, k) beside each clip lie along time, (b, k)."""
+    places = [
+        [keyframe_position(frame, temporal_factor) for frame in row] for row in frames.tolist()
+    ]
+    return torch.tensor(places)
 
 
 def reference_positions(count: int) -> Tensor:

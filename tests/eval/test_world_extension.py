@@ -21,6 +21,7 @@ from eval.world_extension import (
     score_extension,
     score_joined,
     standing,
+    velocity_change,
 )
 from eval.world_extension import _fits as fits
 from eval.world_suite import WorldSettings, real_clips
@@ -31,9 +32,11 @@ SIZE = {"height": 32, "width": 32, "fps": 8.0, "split": "held-out"}
 SETTINGS = WorldSettings(num=3, seed=5)
 
 
-def scenes_of(case):
+def scenes_of(case, num=SETTINGS.num):
     where = {"level": 1} if case.scenario == "shapes" else {"scenario": case.scenario}
-    return draw_scenes(SETTINGS, fits(case), num_frames=case.total, **where, **SIZE)
+    return draw_scenes(
+        replace(SETTINGS, num=num), fits(case), num_frames=case.total, **where, **SIZE
+    )
 
 
 class Oracle(TextToVideo):
@@ -92,7 +95,7 @@ def knowing(extender):
 def test_what_is_asked_for(extender, knowing):
     cases = {case.name: case for case in make_cases(knowing)}
     assert cases["forwards, straight"] == Case(
-        *("forwards, straight", "shapes", 17, ((0, 9),), (9, 17), Window(2, 1)), straight=True
+        *("forwards, straight", "shapes", 17, ((0, 9),), (9, 17), Window(2, 1))
     )
     assert cases["backwards, bounces"].kept == ((8, 17),)
     assert cases["connection"].kept == ((0, 5), (8, 13))
@@ -178,7 +181,7 @@ def test_a_model_that_knows_what_comes_and_one_that_stands_still(extender, knowi
 
 
 def test_a_jump_is_measured_at_its_seam_alone():
-    case = Case("forwards, straight", "shapes", 17, ((0, 9),), (9, 17), Window(2, 1), straight=True)
+    case = Case("forwards, straight", "shapes", 17, ((0, 9),), (9, 17), Window(2, 1))
     scene = scenes_of(case)[0]
     (item,) = scene.objects
     moved = item.position.copy()
@@ -204,6 +207,28 @@ def test_a_jump_is_measured_at_its_seam_alone():
     figures = score_joined(gone, scene, case, inner=False)
     assert (figures["found"], figures["jump"], figures["position_error"]) == (0, None, None)
     assert not figures["permanence"]
+
+
+def test_velocities_change_at_seams_and_not_where_something_bounces():
+    """Of a true path nothing does; where the made part is slower, by as much, on either side of it."""
+    case = Case("connection", "bounces", 27, ((0, 9), (17, 27)), (9, 17), Window(1, 2))
+    bounced = 0
+    for scene in scenes_of(case, 40):
+        (item,) = scene.objects
+        times = [time * scene.fps for time in item.bounce_times]
+        found = velocity_change(item.position, scene, case)
+        if found is None:  # a bounce is two frames from a seam
+            assert any(7 <= time <= 18 for time in times)
+            continue
+        bounced += any(0 < time < 26 for time in times)
+        assert found == pytest.approx(0, abs=1e-6)
+        slower = item.position.copy()
+        slower[9:17] = slower[9] + 0.5 * (slower[9:17] - slower[9])
+        if not any(8 < time < 17 for time in times):
+            speed = np.hypot(*np.diff(item.position, axis=0)[10])
+            assert velocity_change(slower, scene, case) == pytest.approx(speed / 2)
+        assert velocity_change(item.position * np.nan, scene, case) is None
+    assert bounced > 5
 
 
 def test_deviations():

@@ -68,13 +68,16 @@ def test_a_model_that_knows_the_scene_and_one_that_fades(roller):
     text = as_text(score_table(results))
     assert "world suite, minute: 2 videos of 6 s, seed 4" in text
     assert "4 to 6 s: drift of the speed, as a share" in text
-    assert "one object, of any colour" in text
+    assert "one object, of any colour and speed" in text
     chance = results["chance"]
     assert chance["permanence"] == chance["2 to 4 s: permanence"] == pytest.approx(1 / 6)
     colours = [np.array(COLOURS[name], float) for name in LEVELS[1].colours]
     distances = [np.linalg.norm(a - b) for a in colours for b in colours]
     assert chance["0 to 2 s: colour_drift"] == pytest.approx(np.mean(distances))
-    assert not any("speed" in name for name in chance)
+    # Of speeds u and v, even between 0.275 and 0.475: the mean of v, times that of 1 / u.
+    ratio = 0.375 * np.log(0.475 / 0.275) / 0.2
+    assert chance["4 to 6 s: speed_ratio"] == pytest.approx(ratio, rel=1e-3)
+    assert 0.1 < chance["2 to 4 s: speed_drift"] < 0.25
 
     faded = score_minute(Oracle(roller, 65, fading), SETTINGS, seconds=6, every=2)["scores"]
     drifts = [faded["generated"][f"{name}: colour_drift"]["value"]

@@ -119,11 +119,14 @@ def test_a_model_that_knows_the_law_and_one_that_does_not_move(predictor):
     standing = score_physics(Given(predictor, stays), settings)
     json.dumps(standing, allow_nan=False)
     scores, chance = standing["scores"], standing["chance"]
-    assert len(chance) == 8
+    assert len(chance) == 8 + 6
     for name, guess in chance.items():
         assert scores["generated"][name]["value"] == pytest.approx(guess, rel=0.1, abs=0.05), name
         for column in ("real", "vae"):
-            assert scores[column][name]["value"] < 0.1, (column, name)
+            if "found" in name:
+                assert scores[column][name]["value"] == guess == 1
+            else:
+                assert scores[column][name]["value"] < 0.1, (column, name)
             assert scores[column][name]["num"] == 3
     text = as_text(score_table(standing))
     assert "world suite, physics: 3 clips of each scenario and split, seed 0" in text

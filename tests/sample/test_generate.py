@@ -1,5 +1,6 @@
 """The one call from Python: what `zoetrope sample` does, with tensors."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import torch
 from data.video import to_uint8, write_video
 from sample.generate import generate
 from sample.media import read_video
+from sample.options import OutsideTraining
 from sample.pipeline import TextToVideo
 
 QUICK = {"steps": 2, "seed": 5}
+pytestmark = pytest.mark.filterwarnings("ignore::sample.options.OutsideTraining")
 
 
 @pytest.fixture
@@ -48,6 +51,41 @@ def test_given_frames_are_in_the_result_bit_for_bit(pipeline, videos, size):
     changed = generate(pipeline, "x", edit=first[:, :9], mask=mask, strength=0.8, **QUICK, **size)
     assert torch.equal(changed[:, :, :8], first[:, :9, :8])
     assert (changed - first[:, :9])[:, :, 12:].abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"frames": 33}, r"33 frames \(trained on 1 to 17\)"),
+        ({"height": 32, "width": 32}, "32x32 = 1024 pixels"),
+        ({"extend": 24, "seconds": 0.1}, r"width / height = 1.50"),
+        ({"edit": 21}, "21 frames"),
+        ({"minutes": 0.02, "noise_level": 0.3}, "given frames carried 0.1 at most"),
+        ({"keyframes": {2: 0, -1: 1}}, "pictures of 2 frames are given"),
+        ({"image": 0, "keyframes": {2: 0}}, "pictures of 2 frames are given"),
+    ],
+)
+def test_what_the_model_was_not_trained_for_is_said(pipeline, videos, asked, said):
+    video = torch.cat(videos, dim=1)
+    asked = dict(asked)
+    if "extend" in asked:
+        asked["extend"] = video[:, :9, :, : asked["extend"]]
+    if "edit" in asked:
+        asked["edit"] = video[:, : asked["edit"], :16, :16]
+    if "image" in asked:
+        asked["image"] = video[:, 0, :, :16]
+    if "keyframes" in asked:
+        asked["keyframes"] = {k: video[:, n, :, :16] for k, n in asked["keyframes"].items()}
+    with pytest.warns(OutsideTraining, match=said):
+        generate(pipeline, "x", **asked, **QUICK)
+
+
+def test_what_the_model_was_trained_for_needs_no_words(pipeline, videos):
+    picture = videos[0][:, 0, :, :16]
+    with warnings.catch_warnings(action="error", category=OutsideTraining):
+        generate(pipeline, "x", frames=17, **QUICK)
+        generate(pipeline, "x", keyframes={3: picture}, **QUICK)
+        generate(pipeline, "x", minutes=0.02, noise_level=0.1, image=picture, **QUICK)
 
 
 def test_pictures_go_with_text_loops_and_minutes(pipeline, videos, size):

@@ -2,13 +2,17 @@
 
 import itertools
 import math
+import warnings
 from collections import Counter
 
 import pytest
 import torch
 
 from data.manifest import read_manifest
+from sample.generate import generate
 from sample.model import load_model
+from sample.options import OutsideTraining
+from sample.pipeline import TextToVideo
 from sample.processes import Ranks
 from train.config_file import load_config
 from train.config_recipes import TasksConfig
@@ -16,7 +20,7 @@ from train.logs import read_log
 from train.recipe import TrainData
 from train.setup import build_recipe
 from train.stills import cut_stills, num_stills, still_frames
-from train.tasks import FAMILIES, draw_family, draw_given, family_of
+from train.tasks import BESIDE, FAMILIES, draw_family, draw_given, family_of
 
 EVERY = dict.fromkeys((task for tasks in FAMILIES.values() for task in tasks), 1.0)
 
@@ -80,10 +84,13 @@ def test_what_each_task_gives():
         assert given.tasks == (task,) * 200
         assert given.levels.isnan().any(dim=1).all()  # something is always left to ask for
         asked[task] = {tuple(row) for row in given.levels.isnan().long().tolist()}
-        assert (given.still is None) == (family_of(task) != "beside")
+        assert (given.still is None) == (family_of(task) not in BESIDE)
+        if task == "keyframes":  # the last frame and another, or two others
+            assert {tuple(row) for row in given.still.tolist()} == {(0, 2), (1, 2)}
     nothing = {(1, 1, 1, 1)}
     assert asked["text"] == asked["independent"] == asked["last"] == asked["keyframe"] == nothing
     assert asked["image"] == {(1,)}
+    assert asked["keyframes"] == {(1, 1, 1, 1), (0, 1, 1, 1)}
     assert asked["first"] == asked["ends"] == {(0, 1, 1, 1)}
     assert asked["leading"] == {(0, 1, 1, 1), (0, 0, 1, 1), (0, 0, 0, 1)}
     assert asked["trailing"] == {row[::-1] for row in asked["leading"]}
@@ -120,11 +127,15 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 
 def test_stills():
-    assert [num_stills(TasksConfig(**{t: 1})) for t in ("last", "ends", "keyframe")] == [1, 1, 2]
+    shown = ("last", "ends", "keyframe", "keyframes")
+    assert [num_stills(TasksConfig(**{t: 1})) for t in shown] == [1, 1, 2, 3]
     assert num_stills(TasksConfig(first=1)) == 0
     assert all(still_frames(row, 9, 2)[0] == 8 for row in range(50))
     assert {still_frames(row, 9, 2)[1] for row in range(200)} == set(range(8))
-    assert still_frames(7, 1, 2) == [0, 0]
+    assert {still_frames(row, 9, 3)[2] for row in range(200)} == set(range(8))
+    assert all(len(set(still_frames(row, n, 3))) == 3 for n in (3, 5, 9) for row in range(200))
+    assert still_frames(7, 1, 3) == [0, 0, 0]
+    assert still_frames(7, 2, 3) == [1, 0, 0]
     video = torch.arange(9).view(1, 1, 9, 1, 1).expand(2, 3, 9, 2, 2)
     last, other = cut_stills(video, [0, 5], 2)
     assert last.shape == (2, 3, 1, 2, 2)
@@ -162,14 +173,16 @@ def test_only_what_is_asked_for_has_a_loss(room, long, tmp_path, task):
     else:
         told = torch.where(asked, seen["t"], torch.nan)
         assert (told.nan_to_num(0).amax(1) == told.nan_to_num(2).amin(1)).all()
-    if family_of(task) == "beside":
-        assert seen["beside"].latents.shape[2] == 1
-        assert (seen["beside"].positions > 0).all() or task == "keyframe"
+    if family_of(task) in BESIDE:
+        assert seen["beside"].latents.shape[2] == (2 if task == "keyframes" else 1)
+        assert (seen["beside"].positions > 0).all() or "keyframe" in task
+        if task == "keyframes":
+            assert (seen["beside"].positions[:, 0] != seen["beside"].positions[:, 1]).all()
     else:
         assert seen["beside"] is None
 
 
-@pytest.mark.parametrize("task", ["ends", "keyframe", "window", "image", "random"])
+@pytest.mark.parametrize("task", ["ends", "keyframe", "keyframes", "window", "image"])
 def test_cached_is_as_from_video(room, long, tmp_path, task):
     """The stills' latents too, which the cache holds behind the clips'."""
     tasks = {"text": 1.0, task: 2.0, "noise": 0.1}
@@ -230,6 +243,29 @@ def test_a_run_with_every_task(room, long, tmp_path):
     assert any((whole / "checkpoints").iterdir())
 
 
+def test_a_run_of_several_sizes(room, long, tmp_path):
+    """Each of its sizes can then be asked for without a word, with all that is given."""
+    sizes = ((1, 16, 16), (5, 16, 24), (9, 16, 16))
+    buckets = [dict(zip(("num_frames", "height", "width"), size)) for size in sizes]
+    options = {"data": {**long, "buckets": buckets}, "recipe": {"tasks": {**EVERY, "noise": 0.1}}}
+    out = room.train(tmp_path / "run", "dit", **options, train={"steps": 12})
+    losses = [row["loss"] for row in read_log(out / "log.jsonl") if "loss" in row]
+    assert losses
+    assert all(map(math.isfinite, losses))
+    pipeline = TextToVideo.from_folder(out / "model", "cpu", dtype=torch.float32)
+    assert set(pipeline.info.sizes) == set(sizes)
+    with warnings.catch_warnings(action="error", category=OutsideTraining):
+        for frames, height, width in sizes:
+            picture = torch.zeros(3, height, width)
+            given = {"image": picture} if frames > 1 else {}
+            given |= {"keyframes": {2: picture, -1: picture}} if frames > 1 else {}
+            asked = {"frames": frames, "height": height, "width": width, "steps": 1}
+            made = generate(pipeline, "x", **given, **asked)
+            assert made.shape == (3, frames, height, width)
+    with pytest.warns(OutsideTraining, match=r"13 frames \(trained on 1 to 9\)"):
+        generate(pipeline, "x", frames=13, steps=1)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -242,7 +278,7 @@ def test_a_run_with_every_task(room, long, tmp_path):
                 "recipe": {"tasks": {"last": 1}},
                 "data": {"native": {"multiple": 16}, "packing": {"tokens": 40}},
             },
-            "does not go with the tasks image, last, ends, keyframe and window",
+            "does not go with the tasks image, last, ends, keyframe, keyframes and window",
         ),
     ],
 )
