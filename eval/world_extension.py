@@ -92,7 +92,7 @@ def velocity_change(path: np.ndarray, scene: Scene, case: Case) -> float | None:
     None where a line has less than two frames, or the object is not found in one.
     """
     first, last = case.new
-    times = sorted(time * scene.fps for item in scene.objects for time in item.bounce_times)
+    times = [time * scene.fps for item in scene.objects for time in item.bounce_times]
     seams = [(case.kept[0][0], first, last)] if first > 0 else []
     seams += [(first, last, case.kept[-1][1])] if last < case.total else []
     changes = []

@@ -18,6 +18,7 @@ from data.randomness import stream_seed
 from data.video import to_float
 from sample import extend as extending
 from sample.edit import edit as edited
+from sample.model import ModelInfo
 from sample.options import OutsideTraining, outside_trained
 from sample.pipeline import TextToVideo
 from sample.roll import NOISE_LEVEL, decoded, plan_windows, roll
@@ -111,7 +112,8 @@ def generate(
     extend, edit = _checked("extend", extend, options), _checked("edit", edit, options)
     first, second = (_checked("connect", video, options) for video in connect or (None, None))
     given = next((video for video in (edit, extend, first) if video is not None), None)
-    _warn(pipeline, given, edit is not None, noise_level or 0.0, options)
+    frames = options.get("frames") if edit is None else edit.shape[1]
+    _warn(pipeline.info, frames, given, noise_level or 0.0, options)
     if edit is not None:
         strength = 0.6 if strength is None else strength
         return edited(pipeline, prompt, edit, strength, mask, seeds=[seed], **options)
@@ -140,21 +142,19 @@ def generate(
 
 
 def _warn(
-    pipeline: TextToVideo,
+    info: ModelInfo,
+    frames: int | None,
     video: Tensor | None,
-    whole: bool,
     noise_level: float,
     options: Mapping[str, Any],
 ) -> None:
     """Says what the model was not trained for.
 
     Args:
-        video: that is given; whole: and that is as long as what is made.
+        frames: of a clip that is made; video: that is given, of its height and width.
     """
-    info = pipeline.info
-    frames = video.shape[1] if video is not None and whole else options.get("frames")
-    height, width = (None, None) if video is None else video.shape[2:]
     frames = frames or info.num_frames
+    height, width = (None, None) if video is None else video.shape[2:]
     pictures = {key % frames for key in options.get("keyframes") or ()}
     pictures |= {0} if options.get("image") is not None else set()
     for text in outside_trained(

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from train.config_data import Betas, DataConfig, Section, Share
-from train.config_recipes import DiTRecipeConfig, VAERecipeConfig
+from train.config_recipes import FAMILIES, DiTRecipeConfig, VAERecipeConfig
 
 
 class AdamWConfig(Section):
@@ -194,9 +194,9 @@ class RunConfig(Section):
             reason = "is for the tokens of a DiT, and the VAE recipe has none"
         elif self.train.parallel.context > 1:
             reason = f"does not go with train.parallel.context={self.train.parallel.context}"
-        elif self.recipe.tasks.weights.keys() & _NOT_PACKED:
-            names = ", ".join(_NOT_PACKED[:-1])
-            reason = f"does not go with the tasks {names} and {_NOT_PACKED[-1]}"
+        elif self.recipe.tasks.weights.keys() - set(FAMILIES["clip"]):
+            *others, last = (t for name, tasks in FAMILIES.items() if name != "clip" for t in tasks)
+            reason = f"does not go with the tasks {', '.join(others)} and {last}"
         elif self.gives_references:
             reason = "does not go with recipe.tasks.references, pictures beside the clips"
         elif self.train.compile:
@@ -209,9 +209,6 @@ class RunConfig(Section):
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-
-# Tasks whose steps have another shape, or pictures beside the clips.
-_NOT_PACKED = ("image", "last", "ends", "keyframe", "keyframes", "window")
 
 # Keys that may differ between a checkpoint and the run that continues it.
 FREE_TO_CHANGE = (

@@ -154,6 +154,18 @@ class LoRAConfig(Section):
     )
 
 
+# The samples of a step have one shape, so their tasks are of one of these families: nothing beside the
+# clip, its first frame alone, one picture or two beside it, or a clip without its first latent frame.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "clip": ("text", "first", "leading", "trailing", "sides", "random", "independent"),
+    "image": ("image",),
+    "beside": ("last", "ends", "keyframe"),
+    "beside two": ("keyframes",),
+    "window": ("window",),
+}
+BESIDE = tuple(family for family in FAMILIES if family.startswith("beside"))
+
+
 class TasksConfig(Section):
     """What of a clip is given to the network, clean, and the rest asked for: drawn for each sample,
     as often as these numbers relate to each other. Given frames have no loss.

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from dit.conditions import BesideFrames
 from train.clips import read_rows, rows_of_one_size
 from train.config_recipes import TasksConfig
 from train.recipe import counted_noise
-from train.stills import cut_stills, num_stills
+from train.stills import cut_stills, num_stills, take_frames
 from train.tasks import (
     chosen_frames,
     draw_given,
@@ -208,8 +207,7 @@ def _task_losses(
         factor = recipe.vae.temporal_factor
         frames = chosen_frames(part.rows, given.still, num_frames, factor)
         positions = keyframe_positions(frames, factor).to(device)
-        each = torch.arange(len(frames))[:, None]
-        latents = rearrange(part.stills[each, :, given.still], "n k c h w -> n c k h w")
+        latents = take_frames(part.stills, given.still)
         beside = BesideFrames(latents, torch.zeros_like(positions), positions)
     x_t, told = objective.add_noise(x_0, noise, t), objective.network_t(t)
     pred = recipe.dit(x_t, told, *recipe.text(part.ids), beside=beside)

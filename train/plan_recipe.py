@@ -24,11 +24,10 @@ from dit.perceptual import PerceptualDistance
 from sample.model import ModelFile, ModelInfo, write_model_file
 from sample.processes import Ranks
 from train.config import RunConfig
-from train.config_recipes import DiTRecipeConfig, TasksConfig, VAERecipeConfig
+from train.config_recipes import BESIDE, FAMILIES, DiTRecipeConfig, TasksConfig, VAERecipeConfig
 from train.recipe import Recipe, TrainData
 from train.recipe_dit import DiTRecipe
 from train.recipe_vae import VAERecipe
-from train.tasks import BESIDE, FAMILIES
 
 # Of the VAEs in Wan-AI's Wan2.1-T2V-1.3B-Diffusers and Wan2.2-TI2V-5B-Diffusers on Hugging Face; their
 # latent statistics change no shape.

@@ -28,6 +28,12 @@ def still_frames(row: int, num_frames: int, count: int) -> list[int]:
     return [others, spread, (spread + further) % max(1, others)][:count]
 
 
+def take_frames(clips: Tensor, places: Tensor) -> Tensor:
+    """Some frames of each clip, (b ... k h w) of (b ... f h w), by their places (b, k)."""
+    places = places.to(clips.device)
+    return torch.stack([clip.index_select(-3, which) for clip, which in zip(clips, places)])
+
+
 def cut_stills(video: Tensor, rows: Sequence[int], count: int) -> list[Tensor]:
     """The stills of some rows' clips (b 3 f h w), `count` batches of one frame each (b 3 1 h w)."""
     frames = [still_frames(row, video.shape[2], count) for row in rows]

@@ -20,21 +20,13 @@ from torch import Tensor
 
 from data.randomness import numpy_generator
 from dit.conditions import BesideFrames, keyframe_position, reference_position
-from train.config_recipes import TasksConfig
+from train.config_recipes import BESIDE, FAMILIES, TasksConfig
 from train.recipe import Batch, counted_noise
-from train.stills import still_frames
+from train.stills import still_frames, take_frames
 
 if TYPE_CHECKING:
     from train.recipe_dit import DiTRecipe
 
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "clip": ("text", "first", "leading", "trailing", "sides", "random", "independent"),
-    "image": ("image",),
-    "beside": ("last", "ends", "keyframe"),
-    "beside two": ("keyframes",),
-    "window": ("window",),
-}
-BESIDE = tuple(family for family in FAMILIES if family.startswith("beside"))
 _FAMILY_OF = {task: family for family, tasks in FAMILIES.items() for task in tasks}
 
 
@@ -97,14 +89,14 @@ def draw_given(
         frames=frames,
         levels=torch.tensor(np.stack(levels), dtype=torch.float32),
         independent=torch.tensor([task == "independent" for task in tasks]),
-        still=torch.tensor(np.stack(stills)) if beside else None,
+        still=torch.tensor(stills) if beside else None,
         still_levels=torch.tensor(noises, dtype=torch.float32) if beside else None,
     )
 
 
 def _one(
     weights: dict[str, float], noise: float, seed: int, g: int, frames: tuple[int, int]
-) -> tuple[str, np.ndarray, np.ndarray, float]:
+) -> tuple[str, np.ndarray, list[int], float]:
     """The task of one sample, the levels of its latent frames, its stills and their level."""
     rng = numpy_generator(seed, "task", g)
     task = _draw(weights, rng.random())
@@ -112,7 +104,7 @@ def _one(
     count = frames[1] - frames[0]
     known = _known(task, count, rng)
     stills = [int(rng.integers(0, 2)), 2] if task == "keyframes" else [int(task == "keyframe")]
-    return task, np.where(known, level, np.nan), np.array(stills), level
+    return task, np.where(known, level, np.nan), stills, level
 
 
 def _known(task: str, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -229,11 +221,10 @@ def _still(recipe: DiTRecipe, items: dict[str, Any], given: Given, shape: tuple[
     assert given.still_levels is not None
     num_frames, factor = shape[1], recipe.vae.temporal_factor
     frames = chosen_frames(items["rows"], given.still, num_frames, factor)
-    each = torch.arange(len(frames))[:, None]
     if "stills" in items:
-        pictures = rearrange(items["stills"][each, :, :, given.still], "b k m c h w -> b m c k h w")
+        pictures = take_frames(items["stills"], given.still)
     else:
-        pictures = rearrange(items["video"][each, :, frames], "b k c h w -> b c k h w")
+        pictures = take_frames(items["video"], frames)
     levels = given.still_levels[:, None].expand(given.still.shape)
     return _beside(recipe, items, pictures, levels, keyframe_positions(frames, factor), "still")
 

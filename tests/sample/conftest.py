@@ -97,7 +97,7 @@ def tasks_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pipeline_of_tasks(tasks_folder):
+def pipeline(tasks_folder):
     return TextToVideo.from_folder(tasks_folder, "cpu", dtype=torch.float32)
 
 

@@ -20,11 +20,6 @@ from sample.extend import (
 from sample.pipeline import TextToVideo
 
 
-@pytest.fixture
-def pipeline(pipeline_of_tasks):
-    return pipeline_of_tasks
-
-
 @pytest.fixture(scope="module")
 def videos(smooth_videos):
     return smooth_videos(16, 16)

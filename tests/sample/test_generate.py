@@ -17,11 +17,6 @@ QUICK = {"steps": 2, "seed": 5}
 pytestmark = pytest.mark.filterwarnings("ignore::sample.options.OutsideTraining")
 
 
-@pytest.fixture
-def pipeline(pipeline_of_tasks):
-    return pipeline_of_tasks
-
-
 @pytest.fixture(scope="module")
 def videos(smooth_videos):
     return smooth_videos(16, 24)

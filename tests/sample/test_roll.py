@@ -20,11 +20,6 @@ from sample.schedule import Schedule
 from train.cli import main
 
 
-@pytest.fixture
-def pipeline(pipeline_of_tasks):
-    return pipeline_of_tasks
-
-
 def test_schedules():
     schedule = Schedule.parse("0s: a red circle | 2.5s: a blue square |10s: x")
     at = [schedule.at(time) for time in (0, 2.4, 2.5, 9, 100)]

@@ -15,12 +15,12 @@ from sample.options import OutsideTraining
 from sample.pipeline import TextToVideo
 from sample.processes import Ranks
 from train.config_file import load_config
-from train.config_recipes import TasksConfig
+from train.config_recipes import BESIDE, FAMILIES, TasksConfig
 from train.logs import read_log
 from train.recipe import TrainData
 from train.setup import build_recipe
 from train.stills import cut_stills, num_stills, still_frames
-from train.tasks import BESIDE, FAMILIES, draw_family, draw_given, family_of
+from train.tasks import draw_family, draw_given, family_of
 
 EVERY = dict.fromkeys((task for tasks in FAMILIES.values() for task in tasks), 1.0)
 
