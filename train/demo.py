@@ -95,9 +95,15 @@ SIZES = {
                 ),
                 frames=17,
             ),
+            Stage(
+                Path("configs/world/long-3.yaml"),
+                (("longest/subjects", "subjects", 24_000, 6),),
+                ("longer/shapes", "longer/bounces", *(f"longer/{law}" for law in LAWS)),
+                frames=17,
+            ),
         ),
         parts={"identity": 100, "extension": 48, "physics": 48, "edit": 48, "minute": 4},
-        minutes=(5, 6, 14, 7, 75, 0.4, 3, 2, 20, 0.1),
+        minutes=(8, 6, 14, 7, 175, 0.4, 3, 2, 20, 0.1),
     ),
     "tiny": Size(
         out=Path("runs/demo-tiny"),
