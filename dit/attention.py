@@ -116,11 +116,12 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     b, heads, n, _ = q.shape
     at_once = max(1, CPU_PLAIN_SCORES // max(1, n * k.shape[2]))  # heads, of one clip or several
     if b * heads > at_once:
-        dim = 1 if b == 1 else 0
-        size = at_once if b == 1 else max(1, at_once // heads)
-        masks = [mask] * heads if b == 1 or mask is None else mask.expand(b, 1, 1, -1).split(size)
-        pieces = zip(*(x.split(size, dim) for x in (q, k, v)), masks)
-        return torch.cat([_plain(*piece) for piece in pieces], dim)
+        dim, size = (1, at_once) if b == 1 else (0, max(1, at_once // heads))
+        qs, ks, vs = (x.split(size, dim) for x in (q, k, v))
+        masks = [mask] * len(qs)
+        if mask is not None and b > 1:
+            masks = mask.expand(b, 1, 1, -1).split(size)
+        return torch.cat([_plain(*of) for of in zip(qs, ks, vs, masks, strict=True)], dim)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)

@@ -18,10 +18,10 @@ def reference(q, k, v, visible):
     return torch.einsum("bhnm,bhmd->bhnd", weights.nan_to_num(), v)
 
 
-def case(kind, dtype, device=CPU):
+def case(kind, dtype, device=CPU, clips=2):
     """q, k, v, the mask to give, and which keys each query sees."""
     g = torch.Generator().manual_seed(0)
-    b, n, m, d = (1, 12, 9, 16) if kind == "segments" else (2, 12, 9, 16)
+    b, n, m, d = 1 if kind == "segments" else clips, 12, 9, 16
     q, k, v = (torch.randn(b, 3, size, d, generator=g, dtype=dtype) for size in (n, m, m))
     q, k, v = (x.to(device) for x in (q, k, v))
     if kind == "none":
@@ -123,9 +123,10 @@ def test_auto_is_plain_for_few_keys_on_a_cpu(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scores", [1, 12 * 9 * 2, 12 * 9 * 4, 12 * 9 * 5])
-def test_plain_attention_in_pieces(monkeypatch, kind, scores):
+@pytest.mark.parametrize("clips", [2, 7])  # more pieces than the three heads, too
+def test_plain_attention_in_pieces(monkeypatch, kind, scores, clips):
     """A head at a time, two heads of a clip, one clip with a rest, ..."""
-    *qkv, mask, visible = case(kind, torch.float64)
+    *qkv, mask, visible = case(kind, torch.float64, clips=clips)
     monkeypatch.setattr(kernels, "CPU_PLAIN_SCORES", scores)
     expected = reference(*qkv, visible)
     got = attention(*qkv, mask, "plain")
