@@ -114,7 +114,7 @@ def caption_clips(tasks: list[Record], settings: Captioner) -> list[list[Record]
                      prompt, as_video)
             for prompt in settings.prompts
         ]  # fmt: skip
-        for index, answers in zip(members, zip(*texts)):
+        for index, answers in zip(members, zip(*texts, strict=True), strict=True):
             results[index] = [{"generated": [answer for answer in answers if answer]}]
     return results
 

@@ -188,7 +188,7 @@ def _select(records: list[Record], config: IngestConfig, store: Store, run: Engi
 
     def update(step: Step, concerns: Callable[[Record], Any]) -> None:
         some = [record for record in records if "unwanted" not in record and concerns(record)]
-        for record, after in zip(some, store.run(step, some, run, config.time_limit)):
+        for record, after in zip(some, store.run(step, some, run, config.time_limit), strict=True):
             record.update(after)
             if "error" in after:
                 record["drop_reasons"] = filter_reasons(record, config.filters)

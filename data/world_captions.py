@@ -175,15 +175,16 @@ def _fill(rng: np.random.Generator, templates: tuple[str, ...], scene: Scene, **
 
 
 def _scenario_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """As level 1: nothing unsaid, no synonyms. Subjects are named, in the order of their reference
-    pictures, and never described."""
+    """As level 1: nothing unsaid, no synonyms. Subjects are never described: their names number their
+    reference pictures, and come in any order."""
     if scene.scenario in FIXED:
         return FIXED[scene.scenario]
+    order = rng.permutation(len(scene.objects))
     if scene.scenario == "subjects":
-        names = ["the subject"] if len(scene.objects) == 1 else ["subject one", "subject two"]
-        items = list(zip(names, scene.objects, strict=True))
+        names = ["the subject"] if len(order) == 1 else ["subject one", "subject two"]
+        items = [(names[place], scene.objects[place]) for place in order]
     else:
-        shuffled = [scene.objects[place] for place in rng.permutation(len(scene.objects))]
+        shuffled = [scene.objects[place] for place in order]
         items = [(_object_phrase(o, rng, False, frozenset()), o) for o in shuffled]
     if scene.scenario == "pan":
         assert scene.camera is not None

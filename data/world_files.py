@@ -33,7 +33,7 @@ from data.world_subjects import reference_scene
 MANIFEST = "manifest.jsonl"
 ARGUMENTS = "world.json"
 # Changes whenever the same arguments would give different clips or captions.
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 WORDINGS = 3  # captions per clip
 _CHUNK = 64  # clips per task: long enough to hide the hand-over, short enough for the progress bar
 

@@ -59,7 +59,9 @@ class PackedRow(NamedTuple):
     def unpack(self, tokens: Tensor, patch_size: Size) -> list[Tensor]:
         """The head's tokens (1 n p) as one (c f h w) per clip."""
         clips = tokens.split(self.segments.q_lengths, dim=1)
-        return [from_patches(c, patch_size, grid)[0] for c, grid in zip(clips, self.grids)]
+        return [
+            from_patches(c, patch_size, grid)[0] for c, grid in zip(clips, self.grids, strict=True)
+        ]
 
 
 def pack(

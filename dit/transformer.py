@@ -256,7 +256,7 @@ class DiT(nn.Module):
             texts, mask = context.keys_values[which], context.mask
         else:
             texts = [context] * len(blocks)
-        for block, text in zip(blocks, texts):
+        for block, text in zip(blocks, texts, strict=True):
             x = block(x, modulation, rotary, text, mask, segments)
         return x
 

@@ -244,7 +244,9 @@ def score_edit(
         for column, videos in _columns(pipeline, edits, settings, progress).items():
             told = [
                 score_edited(video, target, change, source, box)
-                for video, target, source, box in zip(videos, edits.targets, sources, boxes)
+                for video, target, source, box in zip(
+                    videos, edits.targets, sources, boxes, strict=True
+                )
             ]
             scores[column] |= _figures(change, told)
             if column.startswith(("strength", "masked")):

@@ -208,9 +208,11 @@ def run_world_suite(
         progress=None if progress is None else lambda n: progress("vae", n),
     )
     scores = {
-        "generated": [score_clip(v, s, caption=p) for v, s, p in zip(videos, scenes, prompts)],
-        "vae": [score_clip(v, s, exact=True) for v, s in zip(restored, scenes)],
-        "real": [score_clip(v, s, exact=True) for v, s in zip(real, scenes)],
+        "generated": [
+            score_clip(v, s, caption=p) for v, s, p in zip(videos, scenes, prompts, strict=True)
+        ],
+        "vae": [score_clip(v, s, exact=True) for v, s in zip(restored, scenes, strict=True)],
+        "real": [score_clip(v, s, exact=True) for v, s in zip(real, scenes, strict=True)],
     }
     figures = {column: summarise(rows) for column, rows in scores.items()}
     figures["vae"].update(quality(real, restored))
@@ -232,7 +234,9 @@ def run_world_suite(
             for column, rows in figures.items()
         },
         "vae_joint_drop": drop.to_json(),
-        "clips": [{"prompt": p, **s.to_json()} for p, s in zip(prompts, scores["generated"])],
+        "clips": [
+            {"prompt": p, **s.to_json()} for p, s in zip(prompts, scores["generated"], strict=True)
+        ],
     }
     return WorldRun(results, scenes, prompts, videos, scores["generated"])
 

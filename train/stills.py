@@ -31,7 +31,9 @@ def still_frames(row: int, num_frames: int, count: int) -> list[int]:
 def take_frames(clips: Tensor, places: Tensor) -> Tensor:
     """Some frames of each clip, (b ... k h w) of (b ... f h w), by their places (b, k)."""
     places = places.to(clips.device)
-    return torch.stack([clip.index_select(-3, which) for clip, which in zip(clips, places)])
+    return torch.stack(
+        [clip.index_select(-3, which) for clip, which in zip(clips, places, strict=True)]
+    )
 
 
 def cut_stills(video: Tensor, rows: Sequence[int], count: int) -> list[Tensor]:
