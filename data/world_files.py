@@ -32,8 +32,8 @@ from data.world_subjects import reference_scene
 
 MANIFEST = "manifest.jsonl"
 ARGUMENTS = "world.json"
-# Changes whenever the same arguments would give different clips or captions.
-WORLD_VERSION = 2
+# Of a scenario; changes whenever the same arguments would give different clips or captions.
+WORLD_VERSIONS = {"subjects": 2}  # of all others 1
 WORDINGS = 3  # captions per clip
 _CHUNK = 64  # clips per task: long enough to hide the hand-over, short enough for the progress bar
 
@@ -174,7 +174,7 @@ def manifest_row(spec: WorldSpec, index: int) -> dict[str, Any]:
 
 def _claim(out: Path, spec: WorldSpec) -> None:
     """Note down the arguments, or compare them with those noted down earlier."""
-    wanted = {"version": WORLD_VERSION, **spec.arguments}
+    wanted = {"version": WORLD_VERSIONS.get(spec.scenario, 1), **spec.arguments}
     path = out / ARGUMENTS
     if path.exists():
         try:

@@ -268,12 +268,8 @@ def score_identity(
     )
     scores, clips = {}, []
     for column, videos in (("generated", made), ("vae", restored), ("real", real)):
-        subjects = [
-            score_subjects(video, scene) for video, scene in zip(videos, scenes, strict=True)
-        ]
-        shapes = [
-            score_plain(v, scene) for v, scene in zip(videos[len(scenes) :], plain, strict=True)
-        ]
+        subjects = [score_subjects(video, scene) for video, scene in zip(videos, scenes)]
+        shapes = [score_plain(v, scene) for v, scene in zip(videos[len(scenes) :], plain)]
         scores[column] = _figures(subjects, shapes)
         if column == "generated":
             every = zip([*prompts, *plain_prompts], [*subjects, *shapes])
