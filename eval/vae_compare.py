@@ -221,7 +221,7 @@ def as_json(measured: Measured) -> dict[str, Any]:
         boundaries, groups = motion_groups(measured.motion)
         scores = {name: plain(estimates(measured, kept)) for name, kept in groups.items()}
         results["motion"] = {"boundaries": list(boundaries), "scores": scores}
-    for row, value in zip(results["clips"], measured.motion, strict=True):
+    for row, value in zip(results["clips"], measured.motion):
         row["motion"] = value
     return results
 
