@@ -103,7 +103,7 @@ SIZES = {
             ),
         ),
         parts={"identity": 100, "extension": 48, "physics": 48, "edit": 48, "minute": 4},
-        minutes=(8, 6, 14, 7, 175, 0.4, 3, 2, 20, 0.1),
+        minutes=(8, 6, 14, 7, 191, 0.4, 1, 3, 7, 0.1),
     ),
     "tiny": Size(
         out=Path("runs/demo-tiny"),
