@@ -118,9 +118,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if b * heads > at_once:
         dim, size = (1, at_once) if b == 1 else (0, max(1, at_once // heads))
         qs, ks, vs = (x.split(size, dim) for x in (q, k, v))
-        masks = [mask] * len(qs)
-        if mask is not None and b > 1:
-            masks = mask.expand(b, 1, 1, -1).split(size)
+        masks = [mask] * len(qs) if b == 1 or mask is None else mask.expand(b, 1, 1, -1).split(size)
         return torch.cat([_plain(*of) for of in zip(qs, ks, vs, masks, strict=True)], dim)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
