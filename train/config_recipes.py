@@ -212,7 +212,7 @@ class DiTRecipeConfig(Section):
     """A diffusion transformer on the latents of a trained VAE.
 
     From nothing it needs vae, dit, text and objective; with `init` it starts from the model there,
-    and an objective only replaces the model's own.
+    and an objective only replaces the model's own, as a vae does whose decoder alone is another.
     """
 
     kind: Literal["dit"] = "dit"
@@ -238,4 +238,11 @@ class DiTRecipeConfig(Section):
             )
         return value
 
-    _parts_once = field_validator("vae", "dit", "text", "objective")(given_once)
+    @field_validator("vae")
+    @classmethod
+    def _vae_of_the_model(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is not None and info.data.get("lora") is not None:
+            raise ValueError("adapters are saved without a VAE; leave it out")
+        return value if info.data.get("init") is not None else given_once(value, info)
+
+    _parts_once = field_validator("dit", "text", "objective")(given_once)

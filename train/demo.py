@@ -12,122 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from train.demo_abilities import pages, sample_examples
+from train.demo_sizes import SHORT, SIZES, Size
 
-LAWS = ("uniform", "collision", "parabola")
 UNGUIDED = ("extension", "physics")  # what is given says how it goes on; docs/given.md, "Guidance"
-SHORT = 9  # frames of a clip
 PROMPT_SEED = 2_000  # of the scenes shown on the page; scores use eval's own seed
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A training that goes on for longer.
-
-    clips: that are rendered for it: folder of the world, scenario, how many, and seed. frames: of each.
-    others: folders of the world that it has too.
-    """
-
-    config: Path
-    clips: tuple[tuple[str, str, int, int], ...]
-    others: tuple[str, ...] = ()
-    frames: int = SHORT
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large a demo is; minutes are measured on two CPU cores."""
-
-    out: Path  # of the world and the trainings
-    shown: Path  # of the model, and of what it makes
-    vae: Path
-    decoder: Path
-    dit: Path
-    tasks: Path
-    clips: int  # of plain shapes, for the VAE and the texts
-    mixed: dict[str, int]  # by scenario, for all tasks
-    held_out: int
-    prompts: int
-    minutes: tuple[float, ...]  # per step; 0: not in this demo
-    longer: tuple[Stage, ...] = ()
-    parts: dict[str, int] = field(default_factory=dict)  # of the world suite, and clips of each
-    long_minutes: float = 1.0  # of the longest video
-
-
-WORLD = Size(
-    out=Path("runs/demo"),
-    shown=Path("runs/demo"),
-    vae=Path("configs/world/vae.yaml"),
-    decoder=Path("configs/world/decoder.yaml"),
-    dit=Path("configs/world/dit.yaml"),
-    tasks=Path("configs/world/tasks.yaml"),
-    clips=20_000,
-    mixed={"shapes": 10_000, "bounces": 3_000, **dict.fromkeys(LAWS, 500), "subjects": 1_500},
-    held_out=256,
-    prompts=300,
-    minutes=(1.3, 6, 14, 7, 0, 0.4, 2, 1.5, 0, 0.1),
-)
-SIZES = {
-    "world": WORLD,
-    "long": replace(
-        WORLD,
-        shown=Path("runs/demo-long"),
-        longer=(
-            Stage(
-                Path("configs/world/long-1.yaml"),
-                (
-                    ("long/subjects", "subjects", 12_000, 4),
-                    ("long/bounces", "bounces", 5_000, 4),
-                    *((f"long/{law}", law, 2_000, 4) for law in LAWS),
-                ),
-                ("mixed/shapes",),
-            ),
-            Stage(
-                Path("configs/world/long-2.yaml"),
-                (
-                    ("longer/shapes", "shapes", 16_000, 1),
-                    ("longer/subjects", "subjects", 12_000, 5),
-                    ("longer/bounces", "bounces", 5_000, 5),
-                    *((f"longer/{law}", law, 2_000, 5) for law in LAWS),
-                ),
-                frames=17,
-            ),
-            Stage(
-                Path("configs/world/long-3.yaml"),
-                (("longest/subjects", "subjects", 24_000, 6),),
-                ("longer/shapes", "longer/bounces", *(f"longer/{law}" for law in LAWS)),
-                frames=17,
-            ),
-        ),
-        parts={"identity": 100, "extension": 48, "physics": 48, "edit": 48, "minute": 4},
-        minutes=(8, 6, 14, 7, 191, 0.4, 1, 3, 7, 0.1),
-    ),
-    "tiny": Size(
-        out=Path("runs/demo-tiny"),
-        shown=Path("runs/demo-tiny"),
-        vae=Path("configs/world/tiny-vae.yaml"),
-        decoder=Path("configs/world/tiny-decoder.yaml"),
-        dit=Path("configs/world/tiny-dit.yaml"),
-        tasks=Path("configs/world/tiny-tasks.yaml"),
-        clips=128,
-        mixed={"shapes": 32, **dict.fromkeys(LAWS, 16), "subjects": 32},
-        held_out=16,
-        prompts=8,
-        minutes=(0.1, 0.3, 0.4, 0.3, 0.3, 0.2, 0.3, 0.2, 0.2, 0.1),
-        longer=(
-            Stage(
-                Path("configs/world/tiny-long.yaml"),
-                (("long/shapes", "shapes", 32, 1), ("long/subjects", "subjects", 32, 4)),
-                frames=17,
-            ),
-        ),
-        parts={"identity": 4, "physics": 2},
-        long_minutes=0.05,
-    ),
-}
 
 
 def run(*command: str) -> None:
@@ -184,6 +75,8 @@ def render(size: Size) -> None:
             ),
         ]
     for stage in size.longer:
+        if not stage.clips:
+            continue
         new = [_render(size, *clips[:3], "train", clips[3], stage.frames) for clips in stage.clips]
         old = [size.out / "world" / folder / "manifest.jsonl" for folder in stage.others]
         joined[stage.config.stem] = new + old
@@ -298,6 +191,8 @@ def report(size: Size) -> None:
         "DiT, text to video": "dit",
         "DiT, all tasks": "tasks",
     }
+    if size.long_decoder is not None:
+        logs["VAE, its decoder on longer clips"] = "long-decoder"
     for stage in size.longer:
         logs[f"DiT, all tasks, {stage.config.stem}"] = stage.config.stem
     write_report(
@@ -337,6 +232,8 @@ def train_tasks(size: Size) -> None:
 
 
 def train_longer(size: Size) -> None:
+    if size.long_decoder is not None:
+        torchrun(size.long_decoder)
     for stage in size.longer:
         torchrun(stage.config)
     link_model(size, size.longer[-1].config.stem)

@@ -100,6 +100,8 @@ def _with_vae(
         recipe = recipe.model_copy(update={"text": text})
     if recipe.vae is None or recipe.vae.exists():
         return recipe
+    if recipe.init is not None:  # whose VAE has the same shapes
+        return recipe.model_copy(update={"vae": None})
     what, settings = STAND_INS[name]
     others = ", ".join(f"--vae {other}" for other in STAND_INS if other != name)
     notes.append(f"recipe.vae={recipe.vae} is not there: assumed is {what} ({others})")

@@ -21,6 +21,7 @@ from data.video import to_float, to_uint8
 from dit.objective import Objective
 from dit.text import TextEncoder
 from dit.transformer import DiT
+from dit.vae import VAE, VideoVAE
 from sample.lora import KNOWS
 from sample.model import Model, ModelInfo, also_knowing, load_model, save_model
 from sample.pipeline import MAX_BATCH_CELLS, TextToVideo
@@ -162,6 +163,8 @@ class DiTRecipe(Recipe):
             )
         # The VAE works in float32 whatever the autocast; a frozen base only where all does.
         model.vae.float()
+        if options.vae is not None:
+            model.vae = self._with_its_latents(model.vae, options.vae)
         dit = model.dit_low_noise if options.expert == "low" else model.dit
         assert dit is not None
         if options.lora is None or self.config.train.dtype == "float32":
@@ -175,6 +178,29 @@ class DiTRecipe(Recipe):
                 model.text.float().requires_grad_(True)
         dit.train()
         return model
+
+    def _with_its_latents(self, before: VAE, folder: Path) -> VAE:
+        """The VAE in a model folder, of the same latents as the model's own; its decoder is another.
+
+        Raises:
+            ValueError: its latents are others.
+        """
+        vae = load_model(folder, self.weights_device, vae_only=True).vae.float()
+        rest, own = (
+            {k: v for k, v in each.state_dict().items() if not k.startswith("decoder.")}
+            for each in (vae, before)
+        )
+        if not isinstance(vae, VideoVAE) or vae.config != getattr(before, "config", None):
+            raise ValueError(
+                f"recipe.vae={folder} is another kind of VAE than that of recipe.init="
+                f"{self.options.init}, whose latents the DiT knows; leave it out"
+            )
+        if not all(v.is_meta or own[k].is_meta or torch.equal(v, own[k]) for k, v in rest.items()):
+            raise ValueError(
+                f"recipe.vae={folder} has other latents than that of recipe.init={self.options.init}; "
+                "use one whose decoder alone was trained on (recipe.freeze_encoder), or leave it out"
+            )
+        return vae
 
     def model_info(self, provenance: dict[str, Any]) -> ModelInfo:
         given = self.options.tasks

@@ -72,7 +72,7 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_module, "run", run)
     demo_module.main("tiny")
     again = capsys.readouterr().out
-    assert again.count("steps are done already") == 5
+    assert again.count("steps are done already") == 6
     assert again.count("there already") == len(made)
     assert again.count("this model is scored already") == 2 + len(demo_module.SIZES["tiny"].parts)
     assert (out / "model" / "dit.safetensors").read_bytes() == weights
@@ -98,7 +98,15 @@ def test_each_training_goes_on_from_the_one_before(name):
         assert str(path) in (ROOT / path).read_text() or name == "tiny", path
     lengths = [config.data.num_frames for config in configs[4:]]
     assert lengths == [stage.frames for stage in size.longer]
+    if size.long_decoder is not None:
+        decoder = load_config(ROOT / size.long_decoder)
+        assert decoder.recipe.init == configs[1].out / "model"
+        assert decoder.data.num_frames == max(lengths)
+        assert configs[4].recipe.vae == decoder.out / "model"
+        configs.append(decoder)
     assert all(config.out.parent == size.out for config in configs)
+    rendered = {f"{stage.config.stem}.jsonl" for stage in size.longer if stage.clips}
+    assert {config.data.manifest.name for config in configs[4:]} <= rendered
 
 
 def test_an_unknown_demo_is_refused(tmp_path):
