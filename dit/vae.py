@@ -242,6 +242,10 @@ class VAE(nn.Module, ABC):
             "leave the chunk out"
         )
 
+    def encoding_state(self) -> dict[str, Tensor]:
+        """Weights and buffers that latents depend on, or may depend on."""
+        return self.state_dict()
+
     @abstractmethod
     def moments(self, video: Tensor, stream: Stream | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the posterior before normalisation, both (b c f' h' w').
@@ -356,6 +360,9 @@ class VideoVAE(VAE):
 
     def new_stream(self) -> Stream:
         return Stream()
+
+    def encoding_state(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("decoder.")}
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Replaces `latent_mean` and `latent_std`, (c,)."""

@@ -42,21 +42,25 @@ class CacheFolder:
     def shard(self, index: int) -> Path:
         return self.folder / f"shard-{index:05d}.safetensors"
 
-    def claim(self, fingerprint: Mapping[str, str], ranks: Ranks) -> None:
+    def claim(
+        self, fingerprint: Mapping[str, str], ranks: Ranks, earlier: Mapping[str, str] | None = None
+    ) -> None:
         """Opens the folder, or begins it; every rank calls it.
 
+        Args:
+            earlier: what folders of an earlier version have for some part, and mean the same.
         Raises:
             ValueError: it holds something else; names which part of the fingerprint differs.
         """
         error = None
         if ranks.is_main:
             try:
-                self._check_or_start(fingerprint)
+                self._check_or_start(fingerprint, earlier or {})
             except (OSError, ValueError) as reason:
                 error = reason
         ranks.agree(error)
 
-    def _check_or_start(self, fingerprint: Mapping[str, str]) -> None:
+    def _check_or_start(self, fingerprint: Mapping[str, str], earlier: Mapping[str, str]) -> None:
         index = self.folder / "index.json"
         if index.is_file():
             try:
@@ -64,7 +68,8 @@ class CacheFolder:
             except (ValueError, KeyError, TypeError):
                 raise self._damaged(index, self.folder) from None
             for part in [*fingerprint, *found]:
-                if found.get(part) != fingerprint.get(part):
+                same = found.get(part) == fingerprint.get(part)
+                if not same and (part not in earlier or found.get(part) != earlier[part]):
                     raise ValueError(
                         f"{self.kind} {self.folder} was made with another {part}: it has "
                         f"{found.get(part)}, this run {fingerprint.get(part)}; delete the folder or "
@@ -126,13 +131,16 @@ class CacheFolder:
 
 def hash_weights(module: torch.nn.Module) -> str:
     """Sixteen hex digits of names, shapes and bits of all buffers and weights not in training."""
-    digest = hashlib.sha256()
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    for name, value in sorted(module.state_dict().items()):
-        if name in trained:
-            continue
+    return hash_tensors({k: v for k, v in module.state_dict().items() if k not in trained})
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Sixteen hex digits of names, shapes and bits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -211,15 +211,16 @@ class TasksConfig(Section):
 class DiTRecipeConfig(Section):
     """A diffusion transformer on the latents of a trained VAE.
 
-    From nothing it needs vae, dit, text and objective; with `init` it starts from the model there,
-    and an objective only replaces the model's own, as a vae does whose decoder alone is another.
+    From nothing it needs vae, dit, text and objective; with `init` it starts from the model there.
+    Then an objective replaces the model's own, and a vae its decoder.
     """
 
     kind: Literal["dit"] = "dit"
     init: Path | None = None  # a model folder to fine-tune, such as one from `zoetrope import`
     expert: Literal["high", "low"] | None = None  # of a model with two, which one trains
     lora: LoRAConfig | None = None  # train these adapters and nothing else
-    vae: Path | None = Field(None, validate_default=True)  # a model folder
+    # A model folder; beside init, one of the same latents, for its decoder.
+    vae: Path | None = Field(None, validate_default=True)
     dit: DiTSection | None = Field(None, validate_default=True)
     text: TextSection | None = Field(None, validate_default=True)
     objective: FlowMatching | DDPM | None = Field(None, discriminator="kind", validate_default=True)

@@ -75,7 +75,7 @@ def render(size: Size) -> None:
             ),
         ]
     for stage in size.longer:
-        if not stage.clips:
+        if not (stage.clips or stage.others):
             continue
         new = [_render(size, *clips[:3], "train", clips[3], stage.frames) for clips in stage.clips]
         old = [size.out / "world" / folder / "manifest.jsonl" for folder in stage.others]
@@ -192,7 +192,7 @@ def report(size: Size) -> None:
         "DiT, all tasks": "tasks",
     }
     if size.long_decoder is not None:
-        logs["VAE, its decoder on longer clips"] = "long-decoder"
+        logs["VAE, its decoder on longer clips"] = size.long_decoder.stem
     for stage in size.longer:
         logs[f"DiT, all tasks, {stage.config.stem}"] = stage.config.stem
     write_report(

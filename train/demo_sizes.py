@@ -38,7 +38,7 @@ class Size:
     held_out: int
     prompts: int
     minutes: tuple[float, ...]  # per step; 0: not in this demo
-    long_decoder: Path | None = None  # trained before the longer ones, on clips as long as theirs
+    long_decoder: Path | None = None  # the VAE's, on clips as long as the longer trainings have
     longer: tuple[Stage, ...] = ()
     parts: dict[str, int] = field(default_factory=dict)  # of the world suite, and clips of each
     long_minutes: float = 1.0  # of the longest video

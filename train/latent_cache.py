@@ -24,7 +24,14 @@ from data.video import to_float
 from dit.vae import VAE
 from sample.pipeline import MAX_BATCH_CELLS
 from sample.processes import Ranks
-from train.cache_folder import CHECKSUMS, CacheFolder, checksum, hash_weights, open_shard
+from train.cache_folder import (
+    CHECKSUMS,
+    CacheFolder,
+    checksum,
+    hash_tensors,
+    hash_weights,
+    open_shard,
+)
 from train.clips import GivenRows
 from train.config_data import DataConfig
 from train.stills import cut_stills
@@ -103,7 +110,7 @@ class LatentCache(CacheFolder):
             "transform": f"{sizes} at {data.fps:g} fps"
             + (f", {self.stills} still(s)" if self.stills else "")
             + (", references" if self.references else ""),
-            "VAE": hash_weights(vae),
+            "VAE": hash_tensors(vae.encoding_state()),
             "dtype": self.dtype,
         }
 
@@ -148,7 +155,7 @@ class LatentCache(CacheFolder):
         """
         for shard in self.shards:
             vae.latent_shape(*shard.size)  # raises, before the folder has a name, what does not fit
-        self.claim(self.fingerprint(vae), ranks)
+        self.claim(self.fingerprint(vae), ranks, earlier={"VAE": hash_weights(vae)})
         wanted = self.missing(len(self.shards), ranks)
         if retry:
             there = [k for k in range(len(self.shards)) if k not in set(wanted)]

@@ -183,22 +183,23 @@ class DiTRecipe(Recipe):
         """The VAE in a model folder, of the same latents as the model's own; its decoder is another.
 
         Raises:
-            ValueError: its latents are others.
+            ValueError: its latents are others, or one of them is a published VAE.
         """
         vae = load_model(folder, self.weights_device, vae_only=True).vae.float()
-        rest, own = (
-            {k: v for k, v in each.state_dict().items() if not k.startswith("decoder.")}
-            for each in (vae, before)
-        )
-        if not isinstance(vae, VideoVAE) or vae.config != getattr(before, "config", None):
+        if not isinstance(vae, VideoVAE) or not isinstance(before, VideoVAE):
             raise ValueError(
-                f"recipe.vae={folder} is another kind of VAE than that of recipe.init="
-                f"{self.options.init}, whose latents the DiT knows; leave it out"
+                f"recipe.vae={folder}, beside recipe.init={self.options.init}: another decoder can be "
+                "given where both VAEs are our own only; leave it out"
             )
-        if not all(v.is_meta or own[k].is_meta or torch.equal(v, own[k]) for k, v in rest.items()):
+        states = vae.encoding_state(), before.encoding_state()
+        if vae.config != before.config or not all(
+            value.is_meta or torch.equal(value, states[1][name])  # counting knows no weights
+            for name, value in states[0].items()
+        ):
             raise ValueError(
-                f"recipe.vae={folder} has other latents than that of recipe.init={self.options.init}; "
-                "use one whose decoder alone was trained on (recipe.freeze_encoder), or leave it out"
+                f"recipe.vae={folder} has other latents than the VAE of recipe.init="
+                f"{self.options.init}; use one whose decoder alone was trained on "
+                "(recipe.freeze_encoder), or leave it out"
             )
         return vae
 
@@ -217,6 +218,8 @@ class DiTRecipe(Recipe):
             return info
         before = self._start.info
         origin = {**before.provenance, **provenance, "init": str(self.options.init)}
+        if self.options.vae is not None:
+            origin["vae"] = str(self.options.vae)
         return also_knowing(before, info).model_copy(update={"provenance": origin})
 
     @property

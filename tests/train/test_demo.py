@@ -102,10 +102,13 @@ def test_each_training_goes_on_from_the_one_before(name):
         decoder = load_config(ROOT / size.long_decoder)
         assert decoder.recipe.init == configs[1].out / "model"
         assert decoder.data.num_frames == max(lengths)
-        assert configs[4].recipe.vae == decoder.out / "model"
+        assert configs[-1].recipe.vae == decoder.out / "model"
+        assert decoder.out.name == size.long_decoder.stem
         configs.append(decoder)
     assert all(config.out.parent == size.out for config in configs)
-    rendered = {f"{stage.config.stem}.jsonl" for stage in size.longer if stage.clips}
+    rendered = {
+        f"{stage.config.stem}.jsonl" for stage in size.longer if stage.clips or stage.others
+    }
     assert {config.data.manifest.name for config in configs[4:]} <= rendered
 
 

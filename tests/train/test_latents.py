@@ -13,6 +13,7 @@ from data.manifest import read_manifest
 from sample.model import load_model
 from sample.processes import Ranks
 from train import latent_cache
+from train.cache_folder import hash_weights
 from train.config_data import DataConfig
 from train.latent_cache import LatentCache, read_posterior
 from train.latents import CachedLatents
@@ -111,6 +112,28 @@ def test_mismatch_names_the_part(data, vae, clips, tmp_path):
     rows[3]["end"] = 0.9
     (clips / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="another list of clips"):
+        make(data, vae, folder)
+
+
+def test_the_decoder_is_no_part_of_latents(data, vae, tmp_path):
+    """Nor is a cache of a version that counted it in refused, with the decoder it was made with."""
+    folder = tmp_path / "cache"
+    make(data, vae, folder)
+    index = folder / "index.json"
+    before, whole = index.read_text(), hash_weights(vae)
+    new, old = (json.loads(before) for _ in range(2))
+    old["fingerprint"]["VAE"] = whole
+    index.write_text(json.dumps(old))
+    make(data, vae, folder)
+    with torch.no_grad():
+        vae.decoder.stem.weight.mul_(1.5)
+    with pytest.raises(ValueError, match=f"another VAE: it has {whole}"):
+        make(data, vae, folder)
+    index.write_text(before)
+    make(data, vae, folder)
+    with torch.no_grad():
+        vae.encoder.head.weight.mul_(1.5)
+    with pytest.raises(ValueError, match=f"another VAE: it has {new['fingerprint']['VAE']}"):
         make(data, vae, folder)
 
 

@@ -203,33 +203,6 @@ def test_starting_from_a_model(room, tmp_path):
     assert not torch.equal(tuned.latent_std, source.latent_std)
 
 
-def test_a_decoder_is_trained_on_alone(room, tmp_path):
-    """Latents stay what they are, so that models of them go on; a resumed run ends as one without a
-    break does."""
-    changes = {
-        "recipe": {"vae": None, "init": str(room.vae), "freeze_encoder": True},
-        "train": {"steps": 4, "checkpoint_interval": 2},
-    }
-    recipe, config = recipe_of(room, tmp_path, "vae", **changes)
-    assert {name.split(".")[1] for name in recipe.trained()} == {"decoder"}
-    losses, _ = recipe(some_batch(recipe, config))
-    losses.sum().backward()
-    assert all(p.grad is None for p in recipe.vae.encoder.parameters())
-    assert all(p.grad is not None for p in recipe.vae.decoder.parameters())
-    out = room.train(tmp_path / "run", "vae", **changes)
-    before, after = (load_model(folder).vae for folder in (room.vae, out / "model"))
-    video = to_float(some_batch(recipe, config)["video"])
-    latents = before.encode(video)
-    assert torch.equal(after.encode(video).mean, latents.mean)
-    assert torch.equal(after.encode(video).std, latents.std)
-    assert not torch.equal(after.decode(latents.mean), before.decode(latents.mean))
-    shutil.rmtree(out / "model")
-    shutil.rmtree(out / "checkpoints" / "step-00000004")
-    room.train(out, "vae", **changes)
-    again = load_model(out / "model").vae.state_dict()
-    assert all(torch.equal(value, again[name]) for name, value in after.state_dict().items())
-
-
 def test_a_published_vae_is_fine_tuned_and_keeps_its_statistics(room, tmp_path):
     config = WanVAEConfig(
         base_dim=4,
