@@ -47,6 +47,12 @@ def starting_noise(
     return given.to(generators[0].device, torch.float32)
 
 
+def check_temperature(value: float) -> None:
+    """Raises ValueError: it is no standard deviation of noise to start from, above 0 to 1."""
+    if not 0 < value <= 1:
+        raise ValueError(f"temperature={value:g}; use a number above 0, up to 1")
+
+
 def _ends(denoise: Denoiser, objective: Objective, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """The x_0 and the noise that the network sees in x at one noise level t ()."""
     at, told = (level.to(x.device).expand(len(x)) for level in (t, objective.network_t(t)))

@@ -96,6 +96,7 @@ Guidance = Annotated[float | None, typer.Option(help="Guidance scale, 1 for none
 GuidanceReferences = Annotated[
     float | None, typer.Option(help="With --part identity: scale of the pictures.", **_WORLD)
 ]
+Temperature = Annotated[float | None, typer.Option(help="Of noise to start from; 1.", **_WORLD)]
 WantedSampler = Annotated[
     Sampler | None, typer.Option(help="The objective's own by default.", **_WORLD)
 ]
@@ -155,6 +156,7 @@ def evaluate(
     guidance: Guidance = None,
     guidance_references: GuidanceReferences = None,
     sampler: WantedSampler = None,
+    temperature: Temperature = None,
     avoid: Avoid = None,
     against: Against = None,
     sizes: Sizes = None,
@@ -176,13 +178,14 @@ def evaluate(
     scenes: dict[str, Any] = {"level": level, "split": split, "seed": seed}
     scenes = {name: value for name, value in scenes.items() if value is not None}
     settings = _settings(part, num, batch_size, steps, guidance, sampler, scenes)
-    settings = replace(settings, guidance_references=guidance_references)
+    settings = replace(settings, guidance_references=guidance_references, temperature=temperature)
     of_the_world = {
         "part": part,
         "steps": steps,
         "guidance": guidance,
         "guidance_references": guidance_references,
         "sampler": sampler,
+        "temperature": temperature,
         "avoid": avoid,
     }
     of_vaes: dict[str, Any] = {
@@ -214,6 +217,8 @@ def evaluate(
             _refuse_of_text({"level": level, "split": split, "avoid": avoid})
         if guidance_references is not None and part is not Part.identity:
             raise ValueError("--guidance-references goes with --part identity")
+        if temperature is not None and part is Part.edit:
+            raise ValueError("--temperature does not go with edits, which start from their videos")
         results, text = _world_suite(model, part or Part.text, settings, avoid, device)
     if int(os.environ.get("RANK", 0)):  # under torchrun one process speaks for all
         return

@@ -40,10 +40,11 @@ Progress = Callable[[str, int], object]
 class WorldSettings:
     """What is asked of the model; chosen before looking at scores.
 
-    steps, guidance, guidance_references, sampler: as `TextToVideo`; None for its defaults.
+    steps, guidance, guidance_references, sampler, temperature: as `TextToVideo`; None for its
+        defaults.
 
     Raises:
-        ValueError: num or batch_size is below 1.
+        ValueError: num or batch_size is below 1, or a temperature outside its range.
     """
 
     level: int = 1
@@ -54,12 +55,17 @@ class WorldSettings:
     guidance: float | None = None
     guidance_references: float | None = None
     sampler: SamplerName | None = None
+    temperature: float | None = None
     batch_size: int = 32
 
     def __post_init__(self) -> None:
         for name in ("num", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; use at least 1")
+        if self.temperature is not None:
+            from dit.samplers import check_temperature
+
+            check_temperature(self.temperature)
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ def read_scene(path: str | os.PathLike[str], scene: Scene) -> np.ndarray:
 
 def sampling_options(settings: WorldSettings) -> dict[str, Any]:
     """What settings say of the sampling, as `TextToVideo.__call__` takes it."""
-    names = ("steps", "guidance", "guidance_references", "sampler")
+    names = ("steps", "guidance", "guidance_references", "sampler", "temperature")
     options = {name: getattr(settings, name) for name in names}
     return {name: value for name, value in options.items() if value is not None}
 
@@ -246,8 +252,8 @@ def sampling_used(pipeline: TextToVideo, settings: WorldSettings) -> dict[str, A
     from dit.samplers import samplers_for
 
     usual = pipeline.sampling
-    pictured = settings.guidance_references
-    used = {} if pictured is None else {"guidance_references": pictured}
+    named = {k: getattr(settings, k) for k in ("guidance_references", "temperature")}
+    used = {name: value for name, value in named.items() if value is not None}
     return {
         **used,
         "steps": usual.steps if settings.steps is None else settings.steps,

@@ -180,6 +180,9 @@ def sample(
         str | None, typer.Option(help="uniform, shifted, karras, wan or flow_match_euler.")
     ] = None,
     shift: Annotated[float | None, typer.Option(help="Shift of t; as trained by default.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the noise to start from, 0 to 1; less varies less.")
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(help="A LoRA in diffusers' format, PATH or PATH:SCALE; may be repeated."),
@@ -239,10 +242,15 @@ def sample(
     check_not_given(written, [path for path in read if path is not None])
 
     from data.video import parse_size
+    from dit.samplers import check_temperature
     from sample import processes
     from sample.lora import parse_lora
     from sample.pipeline import MAX_BATCH_CELLS, TextToVideo
 
+    if temperature is not None:
+        check_temperature(temperature)
+        if edit is not None:
+            raise ValueError("--temperature does not go with --edit, which starts from its video")
     height, width = (None, None) if size is None else parse_size(size)
     loras, loras_low = ([parse_lora(text) for text in named or ()] for named in (lora, lora_low))
     ranks = processes.start(device or "auto", None, context=context)
@@ -290,6 +298,8 @@ def sample(
         "references": [read_image(path, height, width, "--reference") for path in reference or ()],
         "reuse": reuse,
     }
+    if temperature is not None:
+        options["temperature"] = temperature  # not None: what is half done has no such option
     pipeline.latent_shape(frames, height, width)  # refuse what does not fit before making folders
     # An edited video has a length of its own, which is looked at when it is read.
     shown = [*options["keyframes"], *([0] if image is not None else [])]

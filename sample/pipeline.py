@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data.randomness import generator
 from dit.grids import GridConfig
 from dit.guidance import GuidanceConfig, GuidedDenoiser, Text, guided_denoiser
-from dit.samplers import Denoiser, SamplerName, run_sampler, starting_noise
+from dit.samplers import Denoiser, SamplerName, check_temperature, run_sampler, starting_noise
 from dit.transformer import DiTConfig
 from dit.vae import VAE
 from dit.vae_parts import decode_in_parts
@@ -214,6 +214,7 @@ class TextToVideo:
         references: Sequence[Tensor] = (),
         given: Given | None = None,
         noise: Tensor | None = None,
+        temperature: float = 1.0,
         reuse: float | None = None,
         output: Literal["video", "latents"] = "video",
         progress: Callable[[int], None] | None = None,
@@ -235,6 +236,8 @@ class TextToVideo:
             references: pictures like these of subjects, in the order in which the prompts name them.
             given: latents that are known or to be edited.
             noise: the latents to start from (b c f h w), instead of drawing them.
+            temperature: standard deviation of the noise to start from, above 0 to 1 (Popov et al.
+                2021, Grad-TTS, section 4): the lower, the nearer to the mean of all samples.
             reuse: threshold of feature reuse, see `dit.reuse.FeatureReuse`; `work` counts.
             output: latents are normalised, (b c f h w).
             progress: called with the number of the step just done.
@@ -255,6 +258,12 @@ class TextToVideo:
             # CFG-Zero* stands still at the first noise levels of all, which an edit does not see.
             moving = {"zero_steps": 0}
             guidances = [g.model_copy(update=moving) if g.zero_steps else g for g in guidances]
+        check_temperature(temperature)
+        if temperature < 1 and given is not None and given.source is not None:
+            raise ValueError(
+                f"temperature={temperature:g} is of noise to start from, and an edit starts from its "
+                "video; leave it out"
+            )
         prompts = [prompts] if isinstance(prompts, str) else prompts
         texts = self._texts_of(prompts, negative, all(g.is_none for g in guidances))
         count = len(texts[0][0])
@@ -282,6 +291,7 @@ class TextToVideo:
                 denoise = two_experts(guided[0], guided[1], self.expert_boundary)
             start, stops = starting_noise(generators, shape, noise), None
             denoise = given.applied(denoise, self.objective, start)
+            start = temperature * start
             if given.source is not None:
                 stops = self.objective.grid(num_steps, shift, num_tokens=tokens, grid=grid)
                 start, stops = given.start(self.objective, start, stops)

@@ -84,6 +84,9 @@ def test_a_folder_of_videos_is_scored_without_a_model(world, as_folder):
         (["-o", "/"], ValueError, "is a folder"),
         (["--device", "meta"], ValueError, "device=meta cannot be used"),
         (["--guidance", "nan"], ValueError, "expected a finite number"),
+        (["--temperature", 2], ValueError, "temperature=2; use a number above 0, up to 1"),
+        (["--suite", "vae", "--temperature", 1], ValueError, "goes with --suite world"),
+        (["--part", "edit", "--temperature", 1], ValueError, "does not go with edits"),
     ],
 )
 def test_mistakes_are_one_line(folder, options, error, message):
@@ -99,12 +102,14 @@ def test_every_part_can_be_asked_for():
 
 def test_a_part_prints_a_table_and_notes_and_writes_json(able, tmp_path):
     output = tmp_path / "physics.json"
-    result = run(able, "--part", "physics", "--num", 1, "--steps", 1, "--seed", 3, "-o", output)
+    options = ("--num", 1, "--steps", 1, "--seed", 3, "--temperature", 0.5, "-o", output)
+    result = run(able, "--part", "physics", *options)
     assert result.exit_code == 0, result.output
     assert "parabola, out of distribution: velocity error, units/s" in result.stdout
     assert "5 of 9 frames are given" in result.stdout
     results = json.loads(output.read_text())
     assert (results["part"], results["num"], results["seed"]) == ("physics", 1, 3)
+    assert results["sampling"]["temperature"] == 0.5
     assert (
         results["published"]["models"]["uniform, out of distribution"]["DiT-B, 3M videos"] == 0.358
     )

@@ -17,6 +17,7 @@ from sample.extend import (
     loop,
     window_of,
 )
+from sample.given import known_frames
 from sample.pipeline import TextToVideo
 
 
@@ -42,6 +43,31 @@ def test_the_scale_of_references(pipeline):
     assert pipeline.work.num_evaluations == 6
     pipeline(["a"], steps=2)
     assert pipeline.work.num_evaluations == 4
+
+
+def test_the_temperature_is_that_of_the_noise_to_start_from(pipeline, videos):
+    """But for what is given: it is shown with all the noise that the network is told of."""
+    shape = pipeline.latent_shape(9, 16, 16)
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+    known = known_frames(torch.randn(1, shape[0], 1, *shape[2:]), shape[1], slice(0, 1), level=0.5)
+    seen, whole = [], pipeline.dit.forward
+    pipeline.dit.forward = lambda *a, **k: seen.append(a[0]) or whole(*a, **k)
+    try:
+        for temperature in (1.0, 0.5):
+            options = {"noise": noise, "given": known, "temperature": temperature}
+            pipeline(["a"], frames=9, steps=1, guidance=1.0, **options)
+    finally:
+        pipeline.dit.forward = whole
+    torch.testing.assert_close(seen[0][:, :, 1:], noise[:, :, 1:])
+    torch.testing.assert_close(seen[1][:, :, 1:], 0.5 * noise[:, :, 1:])
+    assert torch.equal(seen[0][:, :, :1], seen[1][:, :, :1])
+    for value in (0.0, 1.5, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"temperature=\S+; use a number above 0, up to 1"):
+            pipeline(["a"], steps=1, temperature=value)
+    with pytest.raises(
+        ValueError, match=r"temperature=0\.5 is of noise to start from, and an edit"
+    ):
+        edit(pipeline, "a", videos[0][:, :9], 0.5, steps=1, temperature=0.5)
 
 
 def test_references_stand_beside_the_clip_in_their_order(pipeline):

@@ -48,7 +48,8 @@ def test_tiny_demo(nursery, tmp_path, monkeypatch, capsys):
     scores = json.loads((out / "scores-identity.json").read_text())["scores"]
     assert scores["real"]["one subject: identity"]["value"] == 1
     assert "the right one of 100" in page
-    assert json.loads((out / "scores-physics.json").read_text())["sampling"]["guidance"] == 1
+    sampling = json.loads((out / "scores-physics.json").read_text())["sampling"]
+    assert (sampling["guidance"], sampling["temperature"]) == (1, 0.7)
     assert (out / "model").resolve() == out / "tiny-long" / "model"
     manifests = [
         out / "world" / name for name in ("train/manifest.jsonl", "mixed.jsonl", "tiny-long.jsonl")
