@@ -92,7 +92,7 @@ SIZES = {
             Stage(Path("configs/world/long-4.yaml"), frames=17),
         ),
         parts={"identity": 100, "extension": 192, "physics": 48, "edit": 48, "minute": 4},
-        minutes=(8, 6, 14, 7, 191, 0.4, 1, 3, 7, 0.1),
+        minutes=(8, 6, 14, 7, 273, 0.4, 1, 3, 15, 0.1),
     ),
     "tiny": Size(
         out=Path("runs/demo-tiny"),
