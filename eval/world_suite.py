@@ -252,13 +252,11 @@ def sampling_used(pipeline: TextToVideo, settings: WorldSettings) -> dict[str, A
     from dit.samplers import samplers_for
 
     usual = pipeline.sampling
-    named = {k: getattr(settings, k) for k in ("guidance_references", "temperature")}
-    used = {name: value for name, value in named.items() if value is not None}
     return {
-        **used,
-        "steps": usual.steps if settings.steps is None else settings.steps,
-        "guidance": usual.guidance if settings.guidance is None else settings.guidance,
-        "sampler": settings.sampler or usual.sampler or samplers_for(pipeline.objective)[0],
+        "steps": usual.steps,
+        "guidance": usual.guidance,
+        "sampler": usual.sampler or samplers_for(pipeline.objective)[0],
+        **sampling_options(settings),
     }
 
 
